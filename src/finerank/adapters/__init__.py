@@ -1,0 +1,1 @@
+"""Low-rank adapters: the modules, where they go, how they are saved, how they are merged."""

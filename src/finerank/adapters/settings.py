@@ -1,0 +1,22 @@
+"""Settings of the adapters; defaults only here."""
+
+from dataclasses import dataclass
+
+from finerank.config import setting
+
+
+@dataclass(kw_only=True)
+class AdapterSettings:
+    """LoRA: `y = W x + scale * B A x` with `scale = alpha / r` (rsLoRA: `alpha / sqrt(r)`)."""
+
+    lora_target_modules: list[str] = setting(
+        ["all-linear"],
+        help="all-linear, HF names (q_proj v_proj), Megatron names (linear_qkv linear_fc1) or legacy names",
+    )
+    lora_r: int = setting(16, help="rank of the adapters", flags=("--lora-rank",))
+    lora_alpha: float = setting(32.0, help="scale: the change is multiplied by alpha / r")
+    lora_dropout: float = setting(0.0, help="dropout on the adapters' input")
+    use_rslora: bool = setting(False, help="rank-stabilised scale alpha / sqrt(r)")
+    lora_rank_pattern: dict[str, int] = setting({}, help="rank by module name or regular expression, e.g. down_proj=32")
+    lora_alpha_pattern: dict[str, float] = setting({}, help="alpha by module name or regular expression")
+    lora_load: str | None = setting(None, help="adapter to continue from, or to use", flags=("--lora-weights",))

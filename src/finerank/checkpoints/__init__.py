@@ -1,0 +1,1 @@
+"""Checkpoints: file formats, conversion between them, and the state of a run."""

@@ -1,0 +1,70 @@
+"""The program `finerank`: one verb per recipe.
+
+A verb is a module in `finerank.recipes` with a docstring (its first line is the help), a dataclass `Settings` and a
+function `run(settings)`. Nothing heavy is imported before the flags are checked.
+"""
+
+import ast
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from finerank import __version__, config, registry
+from finerank.errors import ConfigError, FinerankError, unknown_name
+
+RECIPES = "finerank.recipes"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Errors of the user are one sentence on stderr, ours keep a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except FinerankError as error:
+        print(f"finerank: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("finerank: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except MemoryError:
+        traceback.print_exc()
+        print("finerank: out of memory; lower --micro-batch-tokens or --seq-length", file=sys.stderr)
+        return 3
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("--version", "-V", "version"):
+        print(f"finerank {__version__}")
+        return 0
+    verb = argv[0]
+    if verb.replace("-", "_") not in registry.names(RECIPES):
+        raise ConfigError(unknown_name("verb", verb, registry.names(RECIPES)))
+    recipe = registry.load(RECIPES, verb, "verb")
+    parsed = config.parse(recipe.Settings, argv[1:], verb=verb, help=recipe.__doc__ or "")
+    if parsed.dry_run:
+        print(config.to_yaml(parsed.settings), end="")
+        return 0
+    return recipe.run(parsed.settings) or 0
+
+
+def usage() -> str:
+    """The list of verbs with the first line of each recipe's docstring, read without importing it."""
+    lines = ["usage: finerank VERB [--config FILE.yaml] [--dry-run] [flags]", ""]
+    for name in registry.names(RECIPES):
+        lines.append(f"  {name:<12}{_first_line(name)}")
+    lines += ["", "finerank VERB --help shows the flags of a verb."]
+    return "\n".join(lines)
+
+
+def _first_line(verb: str) -> str:
+    spec = importlib.util.find_spec(f"{RECIPES}.{verb}")
+    assert spec is not None and spec.origin is not None
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n")[0]

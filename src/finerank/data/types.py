@@ -1,0 +1,85 @@
+"""The types that flow from rows to the training step: Conversation -> Rendered -> Batch.
+
+Shapes: B sequences side by side, T tokens, S packed sequences.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn. `role` is system, user, assistant, tool (an observation) or function (a call made by the assistant)."""
+
+    role: str
+    content: str
+    trained: bool = False
+    """Whether the loss counts this turn's text and its end token; only ever true for assistant and function turns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What a handler makes of a row: turns (a system turn first, if any) and, for pairwise rows, the worse answer."""
+
+    messages: tuple[Message, ...]
+    rejected: Message | None = None
+    """For pairwise rows: the worse final answer; the better one is the last of `messages`."""
+    tools: str | None = None
+    """Tool descriptions as JSON text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """Token ids of one sample and, for each of them, whether the loss counts its prediction."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        """Unshifted labels as Megatron stores them: the id where trained, else -100."""
+        return [i if m else IGNORE_INDEX for i, m in zip(self.ids, self.loss_mask, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. Packed: B = 1 and `cu_seqlens` marks where sequences begin. Padded: `cu_seqlens` is None.
+
+    `target_ids` is already shifted inside each sequence: `target_ids[b, t]` is the token to predict from position t, or
+    -100. So no label ever crosses the border between two packed sequences.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [B, T]"""
+    target_ids: torch.Tensor
+    """int64 [B, T], -100 where nothing is trained"""
+    position_ids: torch.Tensor
+    """int64 [B, T], restarting at 0 in each packed sequence"""
+    cu_seqlens: torch.Tensor | None = None
+    """int32 [S + 1] with 0 first and T last, for packed batches"""
+    attention_mask: torch.Tensor | None = None
+    """int64 [B, T], 1 for real tokens, for padded batches"""
+    rows: tuple[int, ...] = field(default=())
+    """indices of the dataset's samples inside, in order, for messages and replays"""
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """How many positions the loss counts."""
+        return int((self.target_ids != IGNORE_INDEX).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int(self.attention_mask.sum()) if self.attention_mask is not None else self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)

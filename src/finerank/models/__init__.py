@@ -1,0 +1,1 @@
+"""Base models: loading, facts about families, packed attention and the loss head."""

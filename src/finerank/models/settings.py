@@ -1,0 +1,27 @@
+"""Settings of the base model; defaults only here."""
+
+from dataclasses import dataclass
+
+from finerank.config import setting
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Which base model, in which precision, where."""
+
+    load: str | None = setting(
+        None,
+        help="base model: alias (smollm2-135m), folder, hub id or .gguf file",
+        flags=("--base-model", "--model-name-or-path"),
+    )
+    model_config: str | None = setting(None, help="config.json (or its folder) of a model to initialise at random")
+    tokenizer_name_or_path: str | None = setting(
+        None, help="tokenizer folder or hub id when it is not with the model", flags=("--tokenizer-model",)
+    )
+    dtype: str = setting(
+        "auto", choices=("auto", "bf16", "fp32"), help="base weights: auto takes bf16 where it is fast"
+    )
+    bf16: bool = setting(False, help="same as --dtype bf16, as Megatron spells it")
+    device: str = setting("auto", help="cpu, cuda, cuda:N, mps or auto")
+    revision: str | None = setting(None, help="hub revision of the base model")
+    trust_remote_code: bool = setting(False, help="run the Python code that a model folder brings along")

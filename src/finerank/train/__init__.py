@@ -1,0 +1,1 @@
+"""The training loop with its optimizer, schedule, state and metrics."""

@@ -1,0 +1,67 @@
+"""Settings of the optimizer, the schedule and the run; defaults only here."""
+
+from dataclasses import dataclass
+
+from finerank.config import setting
+
+
+@dataclass(kw_only=True)
+class OptimSettings:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = setting(2e-4, help="peak learning rate", flags=("--learning-rate",))
+    min_lr: float = setting(0.0, help="learning rate at the end of the decay")
+    lr_decay_style: str = setting(
+        "cosine", choices=("cosine", "linear", "constant", "WSD"), help="shape after the warm-up"
+    )
+    lr_warmup_iters: int = setting(0, help="warm-up in steps", flags=("--warmup-steps",))
+    lr_warmup_fraction: float | None = setting(None, help="warm-up as a share of all steps", flags=("--warmup-ratio",))
+    lr_decay_iters: int | None = setting(None, help="steps until min-lr; default: all steps")
+    lr_wsd_decay_iters: int | None = setting(None, help="WSD: steps of the final decay; default: a tenth of all steps")
+    weight_decay: float = setting(0.0, help="decoupled weight decay on the adapters' matrices")
+    adam_beta1: float = setting(0.9, help="AdamW beta1")
+    adam_beta2: float = setting(0.999, help="AdamW beta2")
+    adam_eps: float = setting(1e-8, help="AdamW epsilon")
+    clip_grad: float = setting(1.0, help="largest gradient norm; 0 turns clipping off", flags=("--max-grad-norm",))
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """How long to train, when to evaluate and save, where to write."""
+
+    output_dir: str = setting("runs/latest", help="run folder", flags=("--save",))
+    num_epochs: float | None = setting(
+        None, help="passes over the data; default 1 unless --train-iters is given", flags=("--num-train-epochs",)
+    )
+    train_iters: int | None = setting(None, help="optimizer steps", flags=("--max-steps",))
+    seed: int = setting(1234, help="seed of everything random")
+    eval_interval: int | None = setting(
+        None, help="steps between evaluations; default: start, end and ten times between"
+    )
+    eval_iters: int | None = setting(None, help="most held-out batches per evaluation; default: all")
+    early_stopping_patience: int | None = setting(None, help="stop after so many evaluations without a better loss")
+    log_interval: int = setting(1, help="steps between progress lines")
+    report_to: list[str] = setting([], help="tensorboard, wandb")
+    overwrite_output_dir: bool = setting(False, help="replace a finished run in --output-dir")
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """When a run's state is saved, how much of it is kept, and how it is taken up again."""
+
+    save_interval: int | None = setting(None, help="steps between checkpoints; default: only best and last")
+    save_interval_minutes: float | None = setting(None, help="minutes between checkpoints")
+    keep_last: int = setting(2, help="newest checkpoints to keep")
+    keep_best: bool = setting(True, help="keep the checkpoint with the lowest held-out loss")
+    resume: str | None = setting(
+        None,
+        help="auto (newest whole checkpoint of --output-dir) or a checkpoint folder",
+        flags=("--resume-from-checkpoint",),
+    )
+    resume_anyway: bool = setting(False, help="resume although safe settings differ, e.g. more epochs")
+    grace_seconds: float = setting(30.0, help="time to save after SIGTERM or Ctrl-C")
+    async_save: bool = setting(False, help="write checkpoints in the background")
+    on_nonfinite: str = setting(
+        "stop", choices=("stop", "skip"), help="what to do with a NaN or infinite loss or gradient"
+    )
+    max_nonfinite: int = setting(3, help="with --on-nonfinite skip: stop after so many skipped steps in a row")
