@@ -82,4 +82,4 @@ class Batch:
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in vars(self).items()
         }
-        return Batch(**moved)
+        return Batch(**moved)  # type: ignore[arg-type]
