@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests: where the optional data lies, and tiny models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden files and real data sets; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("FINERANK_SHARED") or REPO.parent / "shared")
+    if not (folder / "golden").is_dir():
+        pytest.skip("no shared data folder: set FINERANK_SHARED to run this test")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has its own cache folder, so no test sees what another one left. `FINERANK_TEST_CACHE` keeps one."""
+    kept = os.environ.get("FINERANK_TEST_CACHE")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FINERANK_HOME", str(folder))
+    return folder
