@@ -24,3 +24,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = Path(kept) if kept else tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FINERANK_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama with tokenizer and chat template as a Hugging Face folder; tests only read it."""
+    from tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
