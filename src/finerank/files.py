@@ -111,6 +111,25 @@ def replace_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+def discard_folder(path: Path) -> None:
+    """Remove a folder so that a kill in the middle leaves no half of it under its name. Raises StorageError."""
+    with storage_errors(path):
+        old = _aside(path)
+        os.rename(path, old)
+        _remove(old)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what processes that were killed while writing left aside in `folder`; returns the names.
+
+    Only for a folder that no other process writes to, e.g. under its lock.
+    """
+    names = sorted(p.name for p in folder.glob(f"*{_ASIDE_MARK}*"))
+    for name in names:
+        _remove(folder / name)
+    return names
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or absent."""
     with replace_file(path) as aside:

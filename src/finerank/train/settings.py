@@ -12,12 +12,19 @@ class OptimSettings:
     lr: float = setting(2e-4, help="peak learning rate", flags=("--learning-rate",))
     min_lr: float = setting(0.0, help="learning rate at the end of the decay")
     lr_decay_style: str = setting(
-        "cosine", choices=("cosine", "linear", "constant", "WSD"), help="shape after the warm-up"
+        "cosine",
+        choices=("cosine", "linear", "constant", "inverse-square-root", "WSD"),
+        help="shape after the warm-up",
+        flags=("--lr-scheduler-type",),
     )
+    lr_warmup_init: float = setting(0.0, help="learning rate at the first step of the warm-up")
     lr_warmup_iters: int = setting(0, help="warm-up in steps", flags=("--warmup-steps",))
     lr_warmup_fraction: float | None = setting(None, help="warm-up as a share of all steps", flags=("--warmup-ratio",))
     lr_decay_iters: int | None = setting(None, help="steps until min-lr; default: all steps")
     lr_wsd_decay_iters: int | None = setting(None, help="WSD: steps of the final decay; default: a tenth of all steps")
+    lr_wsd_decay_style: str = setting(
+        "exponential", choices=("exponential", "linear", "cosine", "minus_sqrt"), help="WSD: shape of the final decay"
+    )
     weight_decay: float = setting(0.0, help="decoupled weight decay on the adapters' matrices")
     adam_beta1: float = setting(0.9, help="AdamW beta1")
     adam_beta2: float = setting(0.999, help="AdamW beta2")
@@ -42,6 +49,11 @@ class RunSettings:
     early_stopping_patience: int | None = setting(None, help="stop after so many evaluations without a better loss")
     log_interval: int = setting(1, help="steps between progress lines")
     report_to: list[str] = setting([], help="tensorboard, wandb")
+    final_adapter: str = setting(
+        "last",
+        choices=("last", "best"),
+        help="which weights become the run's adapter: of the last step or of best loss",
+    )
     overwrite_output_dir: bool = setting(False, help="replace a finished run in --output-dir")
 
 
@@ -49,8 +61,8 @@ class RunSettings:
 class CheckpointSettings:
     """When a run's state is saved, how much of it is kept, and how it is taken up again."""
 
-    save_interval: int | None = setting(None, help="steps between checkpoints; default: only best and last")
-    save_interval_minutes: float | None = setting(None, help="minutes between checkpoints")
+    save_interval: int | None = setting(None, help="steps between checkpoints; default: by minutes, best and last")
+    save_interval_minutes: float = setting(10.0, help="minutes between checkpoints; 0 turns this off")
     keep_last: int = setting(2, help="newest checkpoints to keep")
     keep_best: bool = setting(True, help="keep the checkpoint with the lowest held-out loss")
     resume: str | None = setting(

@@ -1,0 +1,174 @@
+"""A run's own checkpoints: state that resumes exactly, in folders that cannot be torn.
+
+    checkpoint-120/
+      state.safetensors     every tensor of the state: trained parameters, optimizer moments
+      state.json            step, counters, best-so-far, what the run was made of
+      adapter_config.json, adapter_model.safetensors   the adapter at this step, to be used like a finished one
+      manifest.json         {"files": {name: {"bytes": n, "sha256": hex}}}, sorted
+
+The folder is written aside, flushed and renamed (`finerank.files.replace_folder`); the manifest proves that what is
+read is what was written. There is no pickle in it, and no time: the same state gives the same bytes.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from finerank.errors import CheckpointError
+from finerank.files import discard_folder, replace_folder, sha256_file
+
+FORMAT = 1
+"""Number of this layout; a reader refuses other ones."""
+_STATE, _TENSORS, _MANIFEST = "state.json", "state.safetensors", "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d{1,18})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint folder holds."""
+
+    folder: Path
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps finished when it was saved."""
+        return int(self.state["step"])
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in a run folder."""
+    return run / f"checkpoint-{step}"
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a whole checkpoint, or nothing.
+
+    Args:
+        folder: where it appears; an existing checkpoint there is replaced.
+        state: JSON values with at least `step`.
+        tensors: on any device; stored sorted by name.
+        write_more: writes further files into the given folder; the manifest covers them.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone. What was at `folder` before is still there.
+    """
+    with replace_folder(folder) as aside:
+        content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        # through Python's own file, not the library's, so that a full disk is an OSError like everywhere else
+        (aside / _TENSORS).write_bytes(safetensors.torch.save(content))
+        _write_json(aside / _STATE, {"format": FORMAT, **state})
+        if write_more is not None:
+            write_more(aside)
+        files = {p.relative_to(aside).as_posix(): _fingerprint(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        _write_json(aside / _MANIFEST, {"files": files, "format": FORMAT})
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking it whole. Raises CheckpointError naming what is wrong."""
+    folder = Path(folder)
+    if problem := damage(folder):
+        raise CheckpointError(f"{folder} cannot be resumed: {problem}; use --resume auto or another checkpoint.")
+    state = _read_json(folder / _STATE)
+    if not isinstance(state.get("step"), int) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} was not written by this version of finerank; resume it with the one that did.")
+    try:
+        tensors = safetensors.torch.load_file(folder / _TENSORS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / _TENSORS} is damaged ({error}); use another checkpoint.") from error
+    return Checkpoint(folder=folder, state=state, tensors=tensors)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file is as the manifest says."""
+    if not folder.is_dir():
+        return "it does not exist"
+    try:
+        files = _read_json(folder / _MANIFEST).get("files")
+    except CheckpointError as error:
+        return str(error).rstrip(".")
+    if not isinstance(files, dict) or not {_STATE, _TENSORS} <= set(files):
+        return f"{_MANIFEST} lists no state"
+    for name, recorded in sorted(files.items()):
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{_MANIFEST} names {name}, which is outside"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if not isinstance(recorded, dict) or path.stat().st_size != recorded.get("bytes"):
+                return f"{name} is cut short or of another size"
+            if sha256_file(path) != recorded.get("sha256"):
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything in a run folder that is named like a checkpoint, oldest first; not checked."""
+    if not run.is_dir():
+        return []
+    named = [(_NAME.fullmatch(p.name), p) for p in run.iterdir() if p.is_dir()]
+    return sorted((int(m.group(1)), p) for m, p in named if m)
+
+
+def newest_whole(run: Path, *, say: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint of a run; `say` is told of each that was skipped, and why."""
+    for _, folder in reversed(checkpoints(run)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        say(f"skipped {folder.name}: {problem}")
+    return None
+
+
+def prune(run: Path, *, keep_last: int, keep_steps: Iterable[int | None] = ()) -> None:
+    """Remove all checkpoints but the newest `keep_last` (at least 1) and those of `keep_steps`."""
+    found = checkpoints(run)
+    kept = {step for step, _ in found[-max(keep_last, 1) :]} | set(keep_steps)
+    for step, folder in found:
+        if step not in kept:
+            discard_folder(folder)
+
+
+def drop_newer(run: Path, step: int) -> list[int]:
+    """Remove the checkpoints after `step`, which a run resumed from `step` writes again; returns their steps."""
+    newer = [(s, folder) for s, folder in checkpoints(run) if s > step]
+    for _, folder in newer:
+        discard_folder(folder)
+    return [s for s, _ in newer]
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read ({' '.join(str(error).split())}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object.")
+    return value

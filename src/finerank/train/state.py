@@ -1,0 +1,71 @@
+"""All that a run knows besides its tensors, and the seeds of everything random.
+
+A resumed run must go on as if it had never stopped. So nothing depends on how often something was called:
+
+* the rows of a step come from `BatchPlan.rows(step)`, a function of the seed and the step;
+* the learning rate is a function of the step;
+* every random generator (dropout, and whatever else draws) is seeded anew from (seed, step, micro-batch), so there is
+  no generator state to save, and a single micro-batch can be replayed exactly.
+
+What is left is `TrainState`, plus the trained parameters and AdamW's moments.
+"""
+
+import dataclasses
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from finerank.errors import CheckpointError
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Counters of a run; saved as JSON, whose floats come back exactly."""
+
+    step: int = 0
+    """Optimizer steps finished (skipped ones counted too)."""
+    pending: dict[str, Any] | None = None
+    """Metrics row of `step` when its evaluation is still to come: a run stopped in between evaluates first."""
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    """Time spent in steps and evaluations, over all pieces of the run."""
+    first_eval_loss: float | None = None
+    last_eval_loss: float | None = None
+    last_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    num_evals_without_better: int = 0
+    stopped_early: bool = False
+    num_skipped_steps: int = 0
+    num_skipped_in_a_row: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainState":
+        """Back from JSON. Raises CheckpointError when fields are missing or unknown."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if set(values) != fields:
+            wrong = sorted(fields ^ set(values))
+            raise CheckpointError(
+                f"The checkpoint's state has other fields than this finerank ({', '.join(wrong)}); "
+                "resume it with the version that wrote it."
+            )
+        return cls(**values)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed torch (all devices), numpy and random from whole numbers, e.g. (seed, step, micro-batch)."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
