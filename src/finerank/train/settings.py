@@ -77,3 +77,8 @@ class CheckpointSettings:
         "stop", choices=("stop", "skip"), help="what to do with a NaN or infinite loss or gradient"
     )
     max_nonfinite: int = setting(3, help="with --on-nonfinite skip: stop after so many skipped steps in a row")
+
+
+@dataclass(kw_only=True)
+class TrainSettings(OptimSettings, RunSettings, CheckpointSettings):
+    """All that the training loop needs to know."""

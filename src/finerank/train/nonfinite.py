@@ -1,0 +1,157 @@
+"""When a number goes wrong: which module, which rows, and a file that shows it again.
+
+    finerank tune --config RUN/config.yaml --replay RUN/nonfinite-step-12.safetensors
+
+The batch is run once more with hooks. The first module whose output is NaN or infinite is the culprit of a bad loss;
+where the outputs are fine, the first one to receive a bad gradient on the way back is named. The replay file holds the
+micro-batches and the trained parameters of that moment, as safetensors with JSON metadata.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from finerank.data.types import Batch
+from finerank.errors import CheckpointError
+from finerank.files import replace_file
+from finerank.train.held_out import LossFunction
+from finerank.train.state import seed_everything
+
+_BATCH_TENSORS = ("input_ids", "target_ids", "position_ids", "cu_seqlens", "attention_mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Where non-finite numbers first appear."""
+
+    place: str
+    """In words, e.g. `the output of model.layers.3.mlp.down_proj`."""
+    rows: tuple[int, ...]
+    """Samples of the micro-batch in which it was seen."""
+
+
+def find_nonfinite(
+    model: nn.Module, batches: Sequence[Batch], *, loss_function: LossFunction, seeds: Sequence[tuple[int, ...]]
+) -> Finding | None:
+    """Run micro-batches forward and backward again, each with its own seed, until one gives a non-finite number.
+
+    Gradients of the parameters are left as they were found. None when everything is finite this time.
+    """
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for batch, seed in zip(batches, seeds, strict=True):
+        seed_everything(*seed)
+        with _watch(model) as places:
+            loss = loss_function(model, batch.to(device))
+            gradients: Sequence[Tensor | None] = []
+            if not places and torch.isfinite(loss) and parameters:
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if not places and not torch.isfinite(loss):
+            places.append("the loss itself, after finite outputs of all modules")
+        if not places and any(g is not None and not torch.isfinite(g).all() for g in gradients):
+            places.append("the gradient of a trained parameter")
+        if places:
+            return Finding(place=places[0], rows=batch.rows)
+    return None
+
+
+@contextmanager
+def _watch(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the places of non-finite outputs, then of non-finite gradients, in the order of the computation."""
+    places: list[str] = []
+
+    def look(name: str, module: nn.Module, output: Any) -> None:
+        for tensor in _floating(output):
+            if not torch.isfinite(tensor).all():
+                bad = [n for n, p in module.named_parameters(recurse=False) if not torch.isfinite(p).all()]
+                weights = f" (its {', '.join(bad)} is not finite)" if bad else ""
+                places.append(f"the output of {name or 'the model'}{weights}")
+            if tensor.requires_grad:
+                tensor.register_hook(
+                    lambda grad: (
+                        None if torch.isfinite(grad).all() else places.append(f"the gradient of the output of {name}")
+                    )
+                )
+
+    handles = [
+        module.register_forward_hook(lambda m, _inputs, output, name=name: look(name, m, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield places
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floating(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _floating(value)
+
+
+def write_replay(
+    path: Path,
+    *,
+    step: int,
+    batches: Sequence[Batch],
+    seeds: Sequence[tuple[int, ...]],
+    parameters: Mapping[str, Tensor],
+) -> None:
+    """Write what `read_replay` needs. Raises StorageError."""
+    tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for i, batch in enumerate(batches):
+        for key in _BATCH_TENSORS:
+            if (value := getattr(batch, key)) is not None:
+                tensors[f"batch/{i}/{key}"] = value.cpu().contiguous()
+    about = {"step": step, "seeds": [list(s) for s in seeds], "rows": [list(b.rows) for b in batches]}
+    with replace_file(path) as aside:
+        aside.write_bytes(safetensors.torch.save(tensors, metadata={"replay": json.dumps(about)}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The content of a replay file."""
+
+    step: int
+    batches: list[Batch]
+    seeds: list[tuple[int, ...]]
+    parameters: dict[str, Tensor]
+
+
+def read_replay(path: Path) -> Replay:
+    """Read a replay file. Raises CheckpointError when it is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["replay"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        batches = [
+            Batch(
+                **{k: tensors[f"batch/{i}/{k}"] for k in _BATCH_TENSORS if f"batch/{i}/{k}" in tensors},
+                rows=tuple(rows),
+            )
+            for i, rows in enumerate(about["rows"])
+        ]
+        seeds = [tuple(int(n) for n in s) for s in about["seeds"]]
+        step = int(about["step"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a replay file of finerank ({error}); give one that tune wrote."
+        ) from error
+    prefix = "parameter/"
+    parameters = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    return Replay(step=step, batches=batches, seeds=seeds, parameters=parameters)

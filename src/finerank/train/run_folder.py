@@ -1,0 +1,194 @@
+"""The run folder: what tune leaves behind, and when it may be written over.
+
+    config.yaml      all settings, resolved       metrics.jsonl, training_loss.png   how it went
+    receipt.json     what became of the rows      results.json    losses, speed, digests; written last
+    template.json    the prompt template's digest README.md       model card
+    checkpoint-<step>/                            adapter_config.json, adapter_model.safetensors, tokenizer files
+
+`results.json` marks a finished run. A folder with a finished run, or with checkpoints of an unfinished one, is not
+written over unless asked.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finerank import __version__, config
+from finerank.checkpoints.native import checkpoints
+from finerank.errors import ConfigError
+from finerank.files import discard_folder, storage_errors, write_text
+from finerank.train.metrics import FILE_NAME
+from finerank.train.state import TrainState
+
+RESULTS, CONFIG = "results.json", "config.yaml"
+_OWN_FILES = (
+    RESULTS,
+    CONFIG,
+    FILE_NAME,
+    "receipt.json",
+    "template.json",
+    "README.md",
+    "training_loss.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+_SECRETS = (
+    re.compile(r"\b(?:hf|sk|ghp|gho|glpat|wandb)[_-][A-Za-z0-9_-]{16,}"),
+    re.compile(r"(?<=://)[^/\s@]+:[^/\s@]+(?=@)"),
+)
+
+
+_IN_CARD = """
+lora_target_modules lora_r lora_alpha lora_dropout use_rslora lora_rank_pattern lora_alpha_pattern seq_length
+global_batch_size pack num_epochs train_iters lr min_lr lr_decay_style lr_warmup_iters lr_warmup_fraction
+weight_decay adam_beta1 adam_beta2 adam_eps clip_grad seed dtype train_on_prompt prompt_type
+"""
+
+
+def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError when a new run would mix with one that is there."""
+    if resume or overwrite:
+        return
+    if (folder / RESULTS).exists():
+        raise ConfigError(
+            f"{folder} holds a finished run; choose another --output-dir, or add --overwrite-output-dir to replace it."
+        )
+    if checkpoints(folder):
+        raise ConfigError(
+            f"{folder} holds checkpoints of an unfinished run; add --resume auto to go on with it, choose another "
+            "--output-dir, or add --overwrite-output-dir to replace it."
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove a former run's own files, and nothing else. Raises StorageError."""
+    with storage_errors(folder):
+        for _, checkpoint in checkpoints(folder):
+            discard_folder(checkpoint)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        for name in _OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("nonfinite-step-*.safetensors"):
+            path.unlink()
+
+
+def write_config(folder: Path, settings: Any) -> None:
+    """Write the resolved settings, ready to be given to --config again: without what only started this piece."""
+    values = config.to_dict(settings) | {"resume": None, "resume_anyway": False, "overwrite_output_dir": False}
+    write_text(folder / CONFIG, redact(config.to_yaml(config.build(type(settings), values))))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, sorted, whole or not at all."""
+    write_text(path, redact(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)) + "\n")
+
+
+def write_files(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder aside, then move each file into `folder`; so each file is whole or absent."""
+    with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".finerank-aside-", dir=folder) as aside:
+        write(Path(aside))
+        for path in sorted(Path(aside).iterdir()):
+            if path.is_file():
+                os.replace(path, folder / path.name)
+
+
+def redact(text: str) -> str:
+    """The text without anything that looks like an access token or a password in an address."""
+    for pattern in _SECRETS:
+        text = pattern.sub("(removed)", text)
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors", "tokenizers")}
+    return {"finerank": __version__, "python": platform.python_version(), **packages}
+
+
+def results_of(state: TrainState, *, base_eval_loss: float | None, adapter_sha256: str, **facts: Any) -> dict[str, Any]:
+    """The content of results.json. Losses are nats per trained token; speeds count steps and evaluations."""
+    seconds = max(state.seconds, 1e-9)
+    return {
+        **facts,
+        "adapter_sha256": adapter_sha256,
+        "base_eval_loss": base_eval_loss if base_eval_loss is not None else state.first_eval_loss,
+        "before_eval_loss": state.first_eval_loss,
+        "after_eval_loss": state.last_eval_loss,
+        "best_eval_loss": state.best_eval_loss,
+        "best_step": state.best_step,
+        "last_loss": state.last_loss,
+        "steps": state.step,
+        "skipped_steps": state.num_skipped_steps,
+        "stopped_early": state.stopped_early,
+        "rows": state.rows,
+        "tokens": state.tokens,
+        "trained_tokens": state.trained_tokens,
+        "seconds": state.seconds,
+        "rows_per_second": state.rows / seconds,
+        "tokens_per_second": state.tokens / seconds,
+        "versions": versions(),
+    }
+
+
+def model_card(settings: Any, results: Mapping[str, Any], *, receipt: Mapping[str, Any]) -> str:
+    """README.md of the adapter: what it is made of and how it did; no secrets, and file names without folders."""
+    base = results["base_model"]
+    names = ", ".join(f"`{Path(p).name}`" for p in [*settings.data_path, *settings.valid_data_path]) or "none"
+    losses = [("base model", "base_eval_loss"), ("after tuning", "after_eval_loss"), ("best", "best_eval_loss")]
+    shown = [f"| {label} | {results[key]:.4f} |" for label, key in losses if results[key] is not None]
+    table = (
+        ["| held-out loss | nats per token |", "| --- | --- |", *shown] if shown else ["No held-out rows were given."]
+    )
+    counts = [f"- {key.replace('_', ' ')}: {value}" for key, value in receipt.items() if isinstance(value, int | str)]
+    chosen = {k: v for k, v in config.to_dict(settings).items() if k in _IN_CARD.split() and v not in (None, [], {})}
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base, ensure_ascii=False)}",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags: [lora, finerank]",
+        "---",
+        "",
+        f"# A low-rank adapter for {base}",
+        "",
+        f"Trained with finerank {__version__}: {results['steps']} steps on {results['rows']} rows, "
+        f"{results['trained_tokens']} trained tokens.",
+        "",
+        "## Results",
+        "",
+        *table,
+        "",
+        "## Data",
+        "",
+        f"Files: {names}",
+        "",
+        *counts,
+        "",
+        "## Settings",
+        "",
+        "```yaml",
+        *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(chosen.items())),
+        "```",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        "```",
+        "",
+        f"SHA-256 of `adapter_model.safetensors`: `{results['adapter_sha256']}`",
+        "",
+        "## Licence",
+        "",
+        f"An adapter is a change to its base model: the licence of {base} applies to its use, and that of the data.",
+    ]
+    return redact("\n".join(lines) + "\n")
