@@ -159,12 +159,19 @@ def _read_weights(folder: Path, name: str, config: Any, dtype: torch.dtype, sett
                 dtype=dtype,
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name and shape
             )
     except FinerankError:
         raise
     except _LIBRARY_ERRORS as error:
         raise ModelError(f"Cannot load the weights of {name}: {_sentence(error)}; restore the folder.") from error
     model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        tensor, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{name}: {len(mismatched)} tensors do not fit config.json, e.g. {tensor} is {list(stored)}, not "
+            f"{list(wanted)}; the config belongs to another model."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
