@@ -29,11 +29,22 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def walk(folder: Path) -> list[tuple[Path, list[Path]]]:
+    """(folder, its files) for `folder` and all below, innermost first. Unlike `rglob`, which silently leaves out what
+    it may not read, raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    places = os.walk(folder, topdown=False, onerror=fail)
+    return [(Path(place), [Path(place) / name for name in sorted(names)]) for place, _, names in places]
+
+
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below and including `folder`."""
-    for path in sorted(folder.rglob("*")):
-        fsync_path(path)
-    fsync_path(folder)
+    for place, files in walk(folder):
+        for path in [*files, place]:
+            fsync_path(path)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from finerank.errors import CheckpointError
-from finerank.files import discard_folder, replace_folder, sha256_file
+from finerank.files import discard_folder, replace_folder, sha256_file, walk
 
 FORMAT = 1
 """Number of this layout; a reader refuses other ones."""
@@ -74,7 +74,7 @@ def save_checkpoint(
         _write_json(aside / _STATE, {"format": FORMAT, **state})
         if write_more is not None:
             write_more(aside)
-        files = {p.relative_to(aside).as_posix(): _fingerprint(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        files = {p.relative_to(aside).as_posix(): _fingerprint(p) for _, names in walk(aside) for p in names}
         _write_json(aside / _MANIFEST, {"files": files, "format": FORMAT})
 
 

@@ -5,8 +5,8 @@
     state = loop.run()
 
 A step is: the micro-batches of the step's rows, forward and backward one by one, the gradient norm, AdamW, and then
-what is due: evaluation, a metrics row, a checkpoint. The loss of a step is the mean over all trained tokens of the global
-batch, however it was split, because each micro-batch contributes its sum divided by the batch's count.
+what is due: evaluation, a metrics row, a checkpoint. The loss of a step is the mean over all trained tokens of the
+global batch, however it was split, because each micro-batch contributes its sum divided by the batch's count.
 
 A stop is obeyed after any micro-batch: a half-accumulated gradient is dropped, and the state saved is that of the last
 finished step, from which the same micro-batches follow again.
@@ -40,7 +40,7 @@ from finerank.train.progress import RunProgress, Stopwatch
 from finerank.train.saver import Saver
 from finerank.train.schedule import Schedule
 from finerank.train.settings import TrainSettings
-from finerank.train.state import TrainState, seed_everything
+from finerank.train.state import TrainState, load_parameters, seed_everything
 from finerank.train.stop import Signals, StopSignal
 
 
@@ -118,7 +118,7 @@ class TrainLoop:
         for name, tensor in checkpoint.tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
-        self._load_parameters(groups["parameter"])
+        load_parameters(self.named_parameters, groups["parameter"])
         load_optimizer_tensors(self.optimizer, self.named_parameters.items(), groups["optimizer"])
         self.state = TrainState.from_dict(checkpoint.state["train"])
         patience = self.settings.early_stopping_patience  # perhaps another one than then
@@ -137,17 +137,8 @@ class TrainLoop:
             raise CheckpointError("There is no best checkpoint: --final-adapter best needs held-out rows.")
         tensors = read_checkpoint(self.folder / f"checkpoint-{self.state.best_step}").tensors
         prefix = "parameter/"
-        self._load_parameters({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
-
-    def _load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        if set(tensors) != set(self.named_parameters):
-            wrong = sorted(set(tensors) ^ set(self.named_parameters))
-            raise CheckpointError(f"The checkpoint's adapter has other layers than this one (first: {wrong[0]}).")
-        with torch.no_grad():
-            for name, parameter in self.named_parameters.items():
-                if tensors[name].shape != parameter.shape:
-                    raise CheckpointError(f"The checkpoint's {name} has another shape; use its --lora-r and targets.")
-                parameter.copy_(tensors[name])
+        best = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        load_parameters(self.named_parameters, best)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

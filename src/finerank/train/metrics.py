@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from finerank.errors import ConfigError, MissingExtraError, unknown_name
+from finerank.errors import MissingExtraError
 from finerank.files import replace_file, storage_errors
 
 FILE_NAME = "metrics.jsonl"
@@ -138,13 +138,6 @@ _TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": _TensorBo
 
 def _missing(package: str) -> MissingExtraError:
     return MissingExtraError(f"--report-to {package} needs a package that is absent: pip install 'finerank[track]'.")
-
-
-def check_report_to(names: Iterable[str]) -> None:
-    """Raise ConfigError for a tracker there is not."""
-    for name in names:
-        if name not in _TRACKERS:
-            raise ConfigError(unknown_name("tracker of --report-to", name, _TRACKERS))
 
 
 def open_trackers(names: Sequence[str], folder: Path, *, first_step: int) -> list[Tracker]:

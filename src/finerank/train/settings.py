@@ -1,8 +1,13 @@
 """Settings of the optimizer, the schedule and the run; defaults only here."""
 
+import math
 from dataclasses import dataclass
 
 from finerank.config import setting
+from finerank.errors import ConfigError, unknown_name
+
+TRACKERS = ("tensorboard", "wandb")
+"""What `--report-to` may name."""
 
 
 @dataclass(kw_only=True)
@@ -82,3 +87,61 @@ class CheckpointSettings:
 @dataclass(kw_only=True)
 class TrainSettings(OptimSettings, RunSettings, CheckpointSettings):
     """All that the training loop needs to know."""
+
+
+def check_train_settings(s: TrainSettings) -> None:
+    """Raise ConfigError for values that no run can have, and for settings that exclude each other."""
+    at_least = {
+        "lr": 0,
+        "min_lr": 0,
+        "lr_warmup_init": 0,
+        "lr_warmup_iters": 0,
+        "lr_decay_iters": 1,
+        "lr_wsd_decay_iters": 1,
+        "weight_decay": 0,
+        "clip_grad": 0,
+        "train_iters": 1,
+        "seed": 0,
+        "eval_interval": 1,
+        "eval_iters": 1,
+        "early_stopping_patience": 1,
+        "log_interval": 1,
+        "save_interval": 1,
+        "save_interval_minutes": 0,
+        "keep_last": 1,
+        "grace_seconds": 0,
+        "max_nonfinite": 0,
+    }
+    for name, least in at_least.items():
+        value = getattr(s, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{_flag(name)} must be at least {least}, not {value}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(s, name) < 1:
+            raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {getattr(s, name)}.")
+    if s.lr_warmup_fraction is not None and not 0 <= s.lr_warmup_fraction <= 1:
+        raise ConfigError(f"--lr-warmup-fraction is a share from 0 to 1, not {s.lr_warmup_fraction}.")
+    if not s.adam_eps > 0:
+        raise ConfigError(f"--adam-eps must be above 0, not {s.adam_eps}.")
+    if s.num_epochs is not None and not 0 < s.num_epochs < math.inf:
+        raise ConfigError(f"--num-epochs must be above 0, not {s.num_epochs}.")
+    if s.min_lr > s.lr:
+        raise ConfigError(f"--min-lr {s.min_lr} is above --lr {s.lr}; lower it.")
+    excluding = [
+        (s.num_epochs is not None and s.train_iters is not None, "--num-epochs", "--train-iters"),
+        (bool(s.lr_warmup_iters) and s.lr_warmup_fraction is not None, "--lr-warmup-iters", "--lr-warmup-fraction"),
+        (s.resume is not None and s.overwrite_output_dir, "--resume", "--overwrite-output-dir"),
+        (s.final_adapter == "best" and not s.keep_best, "--final-adapter best", "--no-keep-best"),
+    ]
+    for both, one, other in excluding:
+        if both:
+            raise ConfigError(f"{one} and {other} exclude each other; give one of them.")
+    if s.resume_anyway and s.resume is None:
+        raise ConfigError("--resume-anyway has no effect without --resume; add --resume auto.")
+    for name in s.report_to:
+        if name not in TRACKERS:
+            raise ConfigError(unknown_name("tracker of --report-to", name, TRACKERS))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

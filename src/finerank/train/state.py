@@ -13,11 +13,13 @@ What is left is `TrainState`, plus the trained parameters and AdamW's moments.
 import dataclasses
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from finerank.errors import CheckpointError
 
@@ -60,6 +62,21 @@ class TrainState:
                 "resume it with the version that wrote it."
             )
         return cls(**values)
+
+
+def load_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved values into trained parameters, by name. Raises CheckpointError when names or shapes differ."""
+    if set(tensors) != set(parameters):
+        wrong = min(set(tensors) ^ set(parameters))
+        raise CheckpointError(f"The saved adapter has other layers than this one (first: {wrong}); use its targets.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"The saved {name} is {tuple(tensors[name].shape)}, here it is {tuple(parameter.shape)}; use the "
+                    "--lora-r it was saved with."
+                )
+            parameter.copy_(tensors[name])
 
 
 def seed_everything(*numbers: int) -> None:
