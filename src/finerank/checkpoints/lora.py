@@ -1,0 +1,92 @@
+"""A low-rank adapter as files hold it, whatever their format: factors by Hugging Face module name.
+
+    W' = W + scale * B A                                      LoRA, rsLoRA, LU-LoRA
+    W' = m * (W + scale * B A) / ||W + scale * B A||_row      DoRA; m is `magnitude`
+
+Shapes: O out_features, I in_features, R rank. `scale` is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA; rank and
+alpha may differ by module (`rank_pattern`, `alpha_pattern`). What was trained whole (`modules_to_save`, biases) is in
+`whole`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from finerank.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank change of one module's weight."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    magnitude_O: Tensor | None = None
+    """DoRA's row lengths."""
+    is_embedding: bool = False
+    """The weight is an embedding [V, D]: its change is `scale * (B A)^T`, with A [R, V] and B [D, R]."""
+    is_transposed: bool = False
+    """The weight is stored [I, O], as Conv1D does (`fan_in_fan_out`)."""
+
+    @property
+    def rank(self) -> int:
+        """Rank R."""
+        return self.a_RI.shape[0]
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the weight in its file."""
+        O, I = self.b_OR.shape[0], self.a_RI.shape[1]  # noqa: E741
+        return (I, O) if self.is_embedding or self.is_transposed else (O, I)
+
+
+@dataclass
+class Adapter:
+    """An adapter read from any format."""
+
+    config: dict[str, Any]
+    """PEFT's LoraConfig as JSON values."""
+    factors: dict[str, Factors]
+    """By Hugging Face module name, e.g. `model.layers.0.self_attn.q_proj`."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors trained whole, by Hugging Face tensor name, e.g. `lm_head.weight`."""
+    source: str = "adapter"
+    """Where it came from, for messages."""
+
+    @property
+    def base_model_name(self) -> str | None:
+        """Name of the base model it was trained on, as the adapter's config has it."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def is_dora(self) -> bool:
+        """Any module has a magnitude."""
+        return any(f.magnitude_O is not None for f in self.factors.values())
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches them."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise AdapterError(f"The adapter's pattern {pattern!r} is no regular expression: {error}.") from error
+        if matches:
+            return value
+    return default
+
+
+def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scale that an adapter's config gives a module. Raises AdapterError when it names no usable ones."""
+    rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"adapter_config.json gives {module} the rank {rank!r}; it must be a whole number above 0.")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise AdapterError(f"adapter_config.json gives {module} the lora_alpha {alpha!r}; it must be a finite number.")
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
