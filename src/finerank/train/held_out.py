@@ -1,19 +1,21 @@
 """The held-out loss: mean over all trained tokens of the held-out batches, by the same code as the training loss."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finerank.data.types import Batch
 from finerank.errors import DataError
 from finerank.models.forward import loss_sum
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
+LossFunction = Callable[[Any, Batch], Tensor]
 """(model, micro-batch on the model's device) -> differentiable fp32 sum of the loss over its trained tokens."""
 
 
-def batch_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def batch_loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy summed over the trained tokens of one micro-batch; fp32 scalar."""
     return loss_sum(
         model,

@@ -192,3 +192,15 @@ def model_card(settings: Any, results: Mapping[str, Any], *, receipt: Mapping[st
         f"An adapter is a change to its base model: the licence of {base} applies to its use, and that of the data.",
     ]
     return redact("\n".join(lines) + "\n")
+
+
+def summary(folder: Path, results: Mapping[str, Any]) -> list[str]:
+    """The last lines a user sees: what came out, and where it lies."""
+    lines = []
+    before, after = results["base_eval_loss"], results["after_eval_loss"]
+    if before is not None and after is not None:
+        lines.append(f"held-out loss {before:.4f} -> {after:.4f} nats per token")
+    minutes, seconds = divmod(round(results["seconds"]), 60)
+    lines.append(f"{results['steps']} steps in {minutes}:{seconds:02d}, {results['rows_per_second']:.1f} rows/s")
+    lines.append(f"adapter: {folder} (sha256 {results['adapter_sha256'][:16]}...)")
+    return lines

@@ -1,0 +1,269 @@
+"""Tune a base model on instruction rows with a low-rank adapter.
+
+    finerank tune --load smollm2-135m --data-path rows.json --val-set-size 0.1 --output-dir runs/first
+
+The run folder then holds the adapter in PEFT's format, its model card, the metrics of each step and checkpoints from
+which `--resume auto` goes on exactly. Ctrl-C and SIGTERM save and leave with exit code 130 or 143.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from finerank import config
+from finerank.adapters.settings import AdapterSettings
+from finerank.config import setting
+from finerank.data.settings import DataSettings
+from finerank.errors import ConfigError
+from finerank.models.settings import ModelSettings
+from finerank.train.settings import TrainSettings, check_train_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from finerank.adapters.inject import AdapterSet
+    from finerank.data.dataset import Splits
+    from finerank.data.loader import BatchPlan
+    from finerank.data.templates import Template
+    from finerank.data.types import Batch
+    from finerank.models.load import LoadedModel
+    from finerank.train.loop import TrainLoop
+    from finerank.train.state import TrainState
+
+_IGNORED = """
+--use-mcore-models --spec --transformer-impl --use-flash-attn --use-fused-rmsnorm --use-fused-swiglu
+--use-fused-rotary-pos-emb --use-rotary-position-embeddings --no-masked-softmax-fusion --attention-softmax-in-fp32
+--no-gradient-accumulation-fusion --manual-gc --manual-gc-interval --distributed-backend --jit-compile
+--overlap-grad-reduce --overlap-param-gather --overlap-p2p-communication --swap-attention
+--recompute-activation-function --recompute-activation-function-num-layers --enable-recompute-layers-per-pp-rank
+--context-parallel-algo --tokenizer-kwargs
+"""
+
+
+@dataclass(kw_only=True)
+class Settings(ModelSettings, DataSettings, AdapterSettings, TrainSettings):
+    """All settings of tune."""
+
+    IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
+
+    replay: str | None = setting(None, help="run the batch of a nonfinite-step file once more, and nothing else")
+
+    def __post_init__(self) -> None:
+        check_train_settings(self)
+
+
+def run(settings: Settings) -> int:
+    """Tune; see the module's docstring. Returns the exit status."""
+    from finerank.adapters.files import adapter_files
+    from finerank.data.dataset import load_splits
+    from finerank.data.loader import BatchPlan
+    from finerank.data.templates import load_template
+    from finerank.models.attention import use_packed_attention
+    from finerank.models.load import load_model
+    from finerank.train import run_folder
+    from finerank.train.held_out import evaluate_loss
+    from finerank.train.loop import TrainLoop
+    from finerank.train.stop import run_lock
+
+    if settings.replay is not None:
+        return _replay(settings, Path(settings.replay))
+    folder = Path(settings.output_dir)
+    with run_lock(folder):
+        run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
+        loaded = load_model(settings, seed=settings.seed)
+        use_packed_attention(loaded.model)
+        template = load_template(settings, loaded.tokenizer)
+        splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed, output_dir=folder)
+        plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
+        held_out = _held_out(settings, splits, _pad_id(loaded))
+        base_loss = evaluate_loss(loaded.model, held_out()) if held_out and settings.lora_load else None
+        adapters = _make_adapters(loaded.model, settings)
+        loop = TrainLoop(
+            loaded.model,
+            adapters,
+            plan,
+            settings,
+            folder=folder,
+            origin=_origin(settings, loaded, template, splits),
+            adapter_files=lambda: adapter_files(adapters, base_model_name=loaded.source.name),
+            held_out=held_out,
+        )
+        _start_or_resume(loop, settings, folder)
+        _announce(settings, loaded, adapters, plan, splits)
+        state = loop.run()
+        if settings.final_adapter == "best":
+            loop.load_best()
+        _leave(
+            settings,
+            folder,
+            loaded=loaded,
+            adapters=adapters,
+            template=template,
+            splits=splits,
+            state=state,
+            base_eval_loss=base_loss,
+        )
+    return 0
+
+
+def _length(settings: Settings) -> dict[str, Any]:
+    if settings.train_iters is not None:
+        return {"num_steps": settings.train_iters}
+    return {"num_epochs": 1.0 if settings.num_epochs is None else settings.num_epochs}
+
+
+def _pad_id(loaded: "LoadedModel") -> int:
+    """What fills padded positions; never attended to nor trained, so any id does where a tokenizer has none."""
+    return loaded.tokenizer.pad_token_id or 0
+
+
+def _held_out(settings: Settings, splits: "Splits", pad_token_id: int) -> "Callable[[], Iterable[Batch]] | None":
+    from finerank.data.loader import eval_batches
+
+    valid = splits.valid
+    if valid is not None:
+        return lambda: eval_batches(valid, settings, max_batches=settings.eval_iters, pad_token_id=pad_token_id)
+    for name in ("eval_interval", "eval_iters", "early_stopping_patience"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs held-out rows; add --val-set-size or --valid-data-path."
+            )
+    if settings.final_adapter == "best":
+        raise ConfigError("--final-adapter best needs held-out rows; add --val-set-size or --valid-data-path.")
+    return None
+
+
+def _make_adapters(model: "PreTrainedModel", settings: Settings) -> "AdapterSet":
+    from finerank.adapters.files import load_adapter
+    from finerank.adapters.inject import inject_adapters
+
+    if settings.lora_load is not None:
+        for f in dataclasses.fields(AdapterSettings):
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            if f.name != "lora_load" and getattr(settings, f.name) != default:
+                _say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
+        return load_adapter(model, Path(settings.lora_load), trainable=True)
+    return inject_adapters(model, settings, seed=settings.seed)
+
+
+def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", splits: "Splits") -> dict[str, Any]:
+    import torch
+
+    from finerank.files import sha256_file
+    from finerank.train import run_folder
+    from finerank.train.resume import origin_of
+
+    start = Path(settings.lora_load) / "adapter_model.safetensors" if settings.lora_load else None
+    digests = {
+        "data": splits.train.digest,
+        "held-out data": splits.valid.digest if splits.valid is not None else None,
+        "base model": loaded.source.digest,
+        "template": template.digest,
+        "starting adapter": sha256_file(start) if start else None,
+    }
+    device = loaded.model.device
+    environment: dict[str, str | int] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **run_folder.versions(),
+    }
+    return origin_of(config.to_dict(settings), digests=digests, environment=environment)
+
+
+def _start_or_resume(loop: "TrainLoop", settings: Settings, folder: Path) -> None:
+    """Restore what `--resume` names, or clear the place; then write down what this run is."""
+    from finerank.files import remove_leftovers
+    from finerank.train import resume, run_folder
+
+    remove_leftovers(folder)
+    checkpoint = resume.find_checkpoint(settings.resume, folder, say=_say) if settings.resume else None
+    if checkpoint is not None:
+        resume.check_origin(checkpoint, loop.origin, anyway=settings.resume_anyway, say=_say)
+        loop.restore(checkpoint)
+        _say(f"resuming {checkpoint.folder} after step {loop.state.step} of {loop.plan.num_steps}")
+    else:
+        run_folder.clear(folder)
+    run_folder.write_config(folder, settings)
+
+
+def _announce(
+    settings: Settings, loaded: "LoadedModel", adapters: "AdapterSet", plan: "BatchPlan", splits: "Splits"
+) -> None:
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    total = sum(p.numel() for p in loaded.model.parameters())
+    held_out = len(splits.valid) if splits.valid is not None else 0
+    _say(f"{loaded.source.name}: {total / 1e6:.1f} M parameters in {dtype} on {loaded.model.device}")
+    _say(adapters.describe())
+    _say(f"{len(splits.train)} rows, {held_out} held out; {plan.num_steps} steps of {settings.global_batch_size} rows")
+
+
+def _leave(
+    settings: Settings,
+    folder: Path,
+    *,
+    loaded: "LoadedModel",
+    adapters: "AdapterSet",
+    template: "Template",
+    splits: "Splits",
+    state: "TrainState",
+    base_eval_loss: float | None,
+) -> None:
+    """The finished run: adapter, tokenizer, template, card and curve, then results.json, which says it is whole."""
+    from finerank.adapters.files import save_adapter
+    from finerank.files import sha256_file, write_text
+    from finerank.report.figures import loss_curve
+    from finerank.train import run_folder
+    from finerank.train.metrics import FILE_NAME
+
+    name = loaded.source.name
+    run_folder.write_files(folder, lambda aside: save_adapter(adapters, aside, base_model_name=name))
+    run_folder.write_files(folder, loaded.tokenizer.save_pretrained)
+    results = run_folder.results_of(
+        state,
+        base_eval_loss=base_eval_loss,
+        adapter_sha256=sha256_file(folder / "adapter_model.safetensors"),
+        base_model=name,
+        base_model_digest=loaded.source.digest,
+        template_digest=template.digest,
+        data_digest=splits.train.digest,
+        final_adapter=settings.final_adapter,
+        trained_parameters=adapters.num_parameters,
+    )
+    write_text(folder / "README.md", run_folder.model_card(settings, results, receipt=splits.receipt))
+    run_folder.write_files(folder, lambda aside: loss_curve(folder / FILE_NAME, aside / "training_loss.png"))
+    run_folder.write_json(folder / run_folder.RESULTS, results)
+    for line in run_folder.summary(folder, results):
+        print(line)
+
+
+def _replay(settings: Settings, path: Path) -> int:
+    """Run the micro-batches of a replay file again and say where they go wrong; exit status 4 when they do."""
+    from finerank.errors import NumericsError
+    from finerank.models.attention import use_packed_attention
+    from finerank.models.load import load_model
+    from finerank.train.held_out import batch_loss_sum
+    from finerank.train.nonfinite import find_nonfinite, read_replay
+    from finerank.train.state import load_parameters
+
+    replay = read_replay(path)
+    loaded = load_model(settings, seed=settings.seed)
+    use_packed_attention(loaded.model)
+    adapters = _make_adapters(loaded.model, settings)
+    load_parameters(dict(adapters.named_parameters()), replay.parameters)
+    loaded.model.train()
+    finding = find_nonfinite(loaded.model, replay.batches, loss_function=batch_loss_sum, seeds=replay.seeds)
+    rows = sum(len(batch.rows) for batch in replay.batches)
+    if finding is None:
+        print(f"step {replay.step}: all numbers of its {rows} rows are finite this time")
+        return 0
+    listed = ", ".join(map(str, finding.rows))
+    print(f"step {replay.step}: not finite, first seen in {finding.place}, rows {listed}")
+    return NumericsError.exit_code
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
