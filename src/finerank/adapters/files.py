@@ -1,0 +1,200 @@
+"""Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors.
+
+    save_adapter(adapters, folder, base_model_name="smollm2-135m")
+    adapters = load_adapter(model, folder)                       # written by finerank or by PEFT
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   fp32 [R, I]
+    base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight   fp32 [O, R]
+
+PEFT knows no shared lora_A: it is written once for each of its layers, and the safetensors metadata
+`finerank_shared_lora_A` names the groups, so that training goes on with one. The same adapter gives the same bytes.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from finerank.adapters.inject import FILE_PREFIX, AdapterSet, new_config, place_adapters, shape_of
+from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.targets import GROUPS, Target, linear_names, short_names
+from finerank.errors import AdapterError
+from finerank.files import replace_file
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SHARED = "finerank_shared_lora_A"
+
+# Features of LoraConfig that change what the tensors mean and are not offered for a running model.
+_NEUTRAL: dict[str, Any] = {
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+}
+
+
+def adapter_files(adapters: AdapterSet, *, base_model_name: str) -> dict[str, bytes]:
+    """The adapter as file contents by name."""
+    config = {**adapters.config, "base_model_name_or_path": base_model_name}
+    metadata = {"format": "pt"} | ({SHARED: " ".join(adapters.groups)} if adapters.groups else {})
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return {CONFIG: text.encode(), TENSORS: _safetensors_bytes(adapters.state(), metadata)}
+
+
+def save_adapter(adapters: AdapterSet, folder: Path, *, base_model_name: str) -> None:
+    """Write both files into `folder`, each whole or not at all. Raises StorageError."""
+    for name, content in adapter_files(adapters, base_model_name=base_model_name).items():
+        with replace_file(Path(folder) / name) as aside:
+            aside.write_bytes(content)
+
+
+def _safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The library writes metadata in an order that changes from run to run; here it is sorted."""
+    content = safetensors.torch.save({k: t.cpu().contiguous().clone() for k, t in tensors.items()}, metadata)
+    (size,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises AdapterError when there is none, or it is no LoRA's."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{folder} holds no {CONFIG}; give the folder of a PEFT adapter or of a run.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read ({error}); copy the adapter again.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{path} describes a {kind} adapter; only LORA can be loaded.")
+    return config
+
+
+def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> AdapterSet:
+    """Put an adapter folder's adapter into a model.
+
+    Args:
+        model: the base it was trained on; its linears are replaced in place.
+        folder: with adapter_config.json and adapter_model.safetensors, by finerank or PEFT.
+        trainable: whether the factors get gradients.
+
+    Raises:
+        AdapterError: files missing or damaged, features that are not supported, or layers that the model lacks.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    for key, neutral in _NEUTRAL.items():
+        if (config.get(key) or neutral) != neutral:
+            raise AdapterError(
+                f"{folder} uses {key} = {json.dumps(config[key])}, which finerank cannot run as an adapter; merge it "
+                "into the base with PEFT, and load the merged model."
+            )
+    tensors, metadata = _read_tensors(folder / TENSORS)
+    layers = _by_layer(tensors, folder)
+    _check_shapes(model, layers, config, folder)
+    names = [name for name in linear_names(model) if name in layers]
+    targets = _with_groups(names, layers, metadata.get(SHARED, "").split())
+    adapters = place_adapters(model, targets, _normal(config), seed=0, trainable=trainable)
+    with torch.no_grad():
+        for name, layer in adapters.layers.items():
+            layer.lora_A.copy_(layers[name]["lora_A"])
+            layer.lora_B.copy_(layers[name]["lora_B"])
+    return adapters
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        pickled = path.with_suffix(".bin").name
+        found = f"only {pickled}, a pickle, which is never opened: save it again with PEFT"
+        missing = found if path.with_suffix(".bin").is_file() else "copy the adapter again"
+        raise AdapterError(f"{path} is missing; {missing}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged ({error}); copy the adapter again.") from error
+
+
+def _by_layer(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(FILE_PREFIX).removesuffix(".weight").rpartition(".")
+        if part == "default":  # some programs keep PEFT's adapter name in the file
+            name, _, part = name.rpartition(".")
+        if part not in ("lora_A", "lora_B") or tensor.dim() != 2:
+            raise AdapterError(
+                f"{folder / TENSORS} holds {key}, which is neither a lora_A nor a lora_B of a linear; merge the "
+                "adapter into the base with PEFT, and load the merged model."
+            )
+        layers.setdefault(name, {})[part] = tensor
+    if not layers:
+        raise AdapterError(f"{folder / TENSORS} holds no adapter; train it again or give another folder.")
+    for name, parts in layers.items():
+        if len(parts) != 2:
+            raise AdapterError(f"{folder / TENSORS} lacks the other half of {name}.{next(iter(parts))}; copy it again.")
+    return layers
+
+
+def _check_shapes(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], folder: Path
+) -> None:
+    linears = linear_names(model)
+    base = config.get("base_model_name_or_path") or "the base it was trained on"
+    for name, parts in layers.items():
+        if name not in linears:
+            raise AdapterError(
+                f"{folder} adapts {name}, which this model does not have (it has {short_names(linears)}); load {base}."
+            )
+        a, b = parts["lora_A"], parts["lora_B"]
+        wanted = weight_OI(model.get_submodule(name)).shape
+        if (b.shape[0], a.shape[1]) != tuple(wanted):
+            raise AdapterError(
+                f"{folder} was trained on another base: its {name} maps {a.shape[1]} to {b.shape[0]} features, this "
+                f"model's maps {wanted[1]} to {wanted[0]}; load {base}."
+            )
+        rank = shape_of(config, name).rank
+        if a.shape[0] != rank or b.shape[1] != rank:
+            raise AdapterError(
+                f"{folder}: {name} has rank {a.shape[0]} in {TENSORS} and {rank} in {CONFIG}; correct {CONFIG}."
+            )
+
+
+def _with_groups(names: list[str], layers: Mapping[str, Mapping[str, Tensor]], groups: list[str]) -> list[Target]:
+    """Targets that share a lora_A again, where the file says so and the copies are still equal."""
+    targets = []
+    first: dict[str, str] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        group = next((f"{parent}:{g}" for g in groups if last in GROUPS.get(g, ())), None)
+        if group is not None:
+            leader = first.setdefault(group, name)
+            if not torch.equal(layers[leader]["lora_A"], layers[name]["lora_A"]):
+                group = None  # another program trained them apart
+        targets.append(Target(name, group))
+    return targets
+
+
+def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `AdapterSet.config` promises, from a config that may lack keys of other PEFT versions."""
+    known = new_config()
+    return {**known, **{key: value for key, value in config.items() if key in known}, "inference_mode": True}

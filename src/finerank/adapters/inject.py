@@ -1,0 +1,273 @@
+"""Put adapters into a model: each target linear becomes a LoRALinear, and what is trained is handed back.
+
+    adapters = inject_adapters(model, AdapterSettings(lora_r=16), seed=1234)
+    optimizer = AdamW(adapters.parameters())
+    with adapters.disabled(): ...          # the base model again
+    adapters.merge_()                      # into the base's weights, for good
+
+A fresh adapter changes nothing: `lora_B` is zero. `lora_A` is drawn from a generator seeded by the run's seed and the
+layer's name, so it depends neither on the order of layers nor on which other layers have one.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from finerank.adapters.lora import LoRALinear, SharedInput
+from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.settings import AdapterSettings
+from finerank.adapters.targets import (
+    SHARED_INPUTS,
+    Target,
+    by_pattern,
+    expand_patterns,
+    find_targets,
+    peft_target_modules,
+)
+from finerank.errors import AdapterError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+FILE_PREFIX = "base_model.model."
+"""PEFT wraps the model twice; its tensor names show it."""
+
+
+class AdapterSet:
+    """The adapters of one model."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoRALinear], config: dict[str, Any], groups: list[str]):
+        """
+        Args:
+            model: with the layers in place.
+            layers: by full module name.
+            config: PEFT's LoraConfig as JSON values.
+            groups: Megatron names whose members share one lora_A, as they were asked for.
+        """
+        self.model, self.layers, self.config, self.groups = model, dict(layers), config, groups
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained parameters with their names in the adapter file; a shared lora_A once, under its first layer."""
+        named: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, layer in self.layers.items():
+            for part in ("lora_A", "lora_B"):
+                parameter = getattr(layer, part)
+                named.setdefault(id(parameter), (f"{FILE_PREFIX}{name}.{part}.weight", parameter))
+        return list(named.values())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained parameters, each once."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the adapter file, sorted by name; a shared lora_A once for each of its layers."""
+        tensors = {}
+        for name, layer in self.layers.items():
+            tensors[f"{FILE_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+            tensors[f"{FILE_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        return dict(sorted(tensors.items()))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def describe(self) -> str:
+        """One line for the log."""
+        base = {id(p): p.numel() for p in self.model.parameters()}
+        share = self.num_parameters / max(sum(base.values()) - self.num_parameters, 1)
+        ranks = sorted({layer.rank for layer in self.layers.values()})
+        shared = f", lora_A shared in {' '.join(self.groups)}" if self.groups else ""
+        return (
+            f"LoRA on {len(self.layers)} linears ({', '.join(self.config['target_modules'][:8])}), rank "
+            f"{'/'.join(map(str, ranks))}{shared}: {self.num_parameters:,} trained parameters, "
+            f"{100 * share:.2f}% of the base"
+        )
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model inside the `with` block."""
+        active = {name: layer.is_active for name, layer in self.layers.items()}
+        try:
+            for layer in self.layers.values():
+                layer.is_active = False
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.is_active = active[name]
+
+    def merge_(self) -> None:
+        """Add every change to the base's weights, one rounding each, and put the plain linears back for good."""
+        for layer in self.layers.values():
+            layer.merge_()
+        self.remove()
+
+    def remove(self) -> None:
+        """Put the base's linears back into the model."""
+        for name, layer in self.layers.items():
+            _put(self.model, name, layer.base_layer)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rank and scale of one layer's adapter."""
+
+    rank: int
+    scale: float
+
+
+def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -> AdapterSet:
+    """Fresh trainable adapters on the linears that the settings name.
+
+    Args:
+        model: frozen; its target linears are replaced in place.
+        settings: targets, rank, alpha, dropout and patterns.
+        seed: of lora_A; global random state is left alone.
+
+    Raises:
+        AdapterError: a target or pattern matches nothing, or ranks differ within a shared lora_A.
+        ConfigError: a rank, dropout or alpha out of range.
+    """
+    _check(settings)
+    targets = find_targets(model, settings.lora_target_modules)
+    ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern")
+    alphas = expand_patterns(settings.lora_alpha_pattern, targets, flag="--lora-alpha-pattern")
+    modules = dict(model.named_modules())
+    config = new_config(
+        r=settings.lora_r,
+        lora_alpha=_whole(settings.lora_alpha),
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        target_modules=peft_target_modules(model, targets),
+        rank_pattern={pattern: int(rank) for pattern, rank in ranks.items()},
+        alpha_pattern={pattern: _whole(alpha) for pattern, alpha in alphas.items()},
+        fan_in_fan_out=any(isinstance(modules[target.name], Conv1D) for target in targets),
+    )
+    return place_adapters(model, targets, config, seed=seed, trainable=True)
+
+
+def _check(settings: AdapterSettings) -> None:
+    for name, rank in {"--lora-r": settings.lora_r, **settings.lora_rank_pattern}.items():
+        if rank < 1:
+            where = name if name.startswith("--") else f"--lora-rank-pattern {name}"
+            raise ConfigError(f"{where} is {rank}; a rank must be at least 1, e.g. 16.")
+    for name, alpha in {"--lora-alpha": settings.lora_alpha, **settings.lora_alpha_pattern}.items():
+        if not (math.isfinite(alpha) and alpha > 0):
+            where = name if name.startswith("--") else f"--lora-alpha-pattern {name}"
+            raise ConfigError(f"{where} is {alpha:g}; with it the adapter would change nothing: give e.g. 32.")
+    if not 0.0 <= settings.lora_dropout < 1.0:
+        raise ConfigError(f"--lora-dropout is {settings.lora_dropout:g}; it must be at least 0 and below 1.")
+
+
+def _whole(number: float) -> float | int:
+    """PEFT's files write an alpha of 32 as 32, not 32.0."""
+    return int(number) if float(number).is_integer() else number
+
+
+def new_config(**values: Any) -> dict[str, Any]:
+    """PEFT's LoraConfig as JSON values: what finerank sets, and the defaults that older PEFT versions expect."""
+    config: dict[str, Any] = {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 32,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 16,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": [],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    assert set(values) <= set(config), set(values) - set(config)
+    return {**config, **values}
+
+
+def shape_of(config: Mapping[str, Any], name: str) -> Shape:
+    """Rank and scale that a config gives to a layer. Raises AdapterError when it gives no usable ones."""
+    rank = by_pattern(config.get("rank_pattern") or {}, name, config.get("r"))
+    alpha = by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"The adapter's config gives {name} the rank {rank!r}; it must be a whole number above 0.")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise AdapterError(f"The adapter's config gives {name} the lora_alpha {alpha!r}; it must be a number.")
+    return Shape(rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def place_adapters(
+    model: nn.Module, targets: Sequence[Target], config: dict[str, Any], *, seed: int, trainable: bool
+) -> AdapterSet:
+    """Replace the targets by LoRALinear with fresh factors, and join those that read the same input."""
+    modules = dict(model.named_modules())
+    if any(isinstance(module, LoRALinear) for module in modules.values()):
+        raise AdapterError("The model already has an adapter; remove or merge it first, or load the model anew.")
+    layers: dict[str, LoRALinear] = {}
+    shared: dict[str, nn.Parameter] = {}
+    for target in targets:
+        base, shape = modules[target.name], shape_of(config, target.name)
+        weight = weight_OI(base)
+        lora_A = shared.get(target.group or "")
+        if lora_A is None:
+            fresh_RI = _fresh_A(target.name, shape.rank, weight.shape[1], seed=seed)
+            lora_A = nn.Parameter(fresh_RI.to(weight.device), requires_grad=trainable)
+            if target.group:
+                shared[target.group] = lora_A
+        if lora_A.shape != (shape.rank, weight.shape[1]):
+            raise AdapterError(
+                f"{target.name} cannot share a lora_A of rank {lora_A.shape[0]} over {lora_A.shape[1]} inputs: it has "
+                f"rank {shape.rank} and {weight.shape[1]} inputs; give the members of {target.group} one rank."
+            )
+        lora_B = nn.Parameter(torch.zeros(weight.shape[0], shape.rank, device=weight.device), requires_grad=trainable)
+        layer = LoRALinear(base, lora_A, lora_B, scale=shape.scale, dropout=config["lora_dropout"])
+        layer.train(base.training)
+        _put(model, target.name, layer)
+        layers[target.name] = layer
+    _join(layers)
+    groups = sorted({target.group.rpartition(":")[2] for target in targets if target.group})
+    adapters = AdapterSet(model, layers, config, groups)
+    logger.info("%s", adapters.describe())
+    return adapters
+
+
+def _fresh_A(name: str, rank: int, in_features: int, *, seed: int) -> Tensor:
+    """Kaiming-uniform with a = sqrt(5), as `nn.Linear` and PEFT start: uniform within 1 / sqrt(in_features)."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = 1.0 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def _join(layers: Mapping[str, LoRALinear]) -> None:
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in layers)
+    for parent in parents:
+        for names in SHARED_INPUTS:
+            together = [layers[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in layers]
+            if len(together) > 1 and len({layer.in_features for layer in together}) == 1:
+                SharedInput(together)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,145 @@
+"""LoRA: a low-rank change on a frozen linear, `y = W x + b + scale * B A x`, with `scale = alpha / r`.
+
+    layer = LoRALinear(base, lora_A, lora_B, scale=alpha / r)
+    layer(x); layer.delta_weight(); layer.merge_()
+
+rsLoRA is the same with `scale = alpha / sqrt(r)`. The factors are fp32 parameters, whatever the base's precision.
+Linears that read the same input are joined by `SharedInput`, which computes them all when the first one is called.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4; rsLoRA: Kalajdzievski,
+"A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+
+Shapes: I in_features, O out_features, R rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finerank.adapters.low_rank import Member, adapted_linear, weight_OI
+from finerank.errors import AdapterError
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with an adapter on it; takes the linear's place in the model.
+
+    Args:
+        base_layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear with `dequantized_weight()`.
+        lora_A: [R, I]; may be one parameter shared by several layers.
+        lora_B: [O, R].
+        scale: factor of `B A`.
+        dropout: probability on the adapter's input, in training mode only.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, *, scale: float, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.scale, self.dropout = scale, dropout
+        self.is_active = True
+        self.shared_input: SharedInput | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; model code looks at its dtype and device."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """I"""
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """O"""
+        return self.lora_B.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """R"""
+        return self.lora_A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        if not self.is_active:
+            return self.base_layer(x)
+        if self.shared_input is not None:
+            return self.shared_input.output(self, x)
+        return apply_lora([self], x)[0]
+
+    def delta_weight(self) -> Tensor:
+        """`scale * B A` in fp32, [O, I]."""
+        return (self.lora_B.detach().float() @ self.lora_A.detach().float()).mul_(self.scale)
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Add the change to the base's weight: fp32 arithmetic, one rounding. The adapter has no effect afterwards.
+
+        Raises AdapterError for a quantised base, whose grid the sum does not lie on.
+        """
+        if hasattr(self.base_layer, "dequantized_weight"):
+            raise AdapterError("An adapter cannot be merged into a quantised base; load the base unquantised to merge.")
+        weight = weight_OI(self.base_layer)
+        weight.copy_(weight.float().add_(self.delta_weight()))
+        self.is_active = False
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def apply_lora(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same input."""
+    distinct: list[nn.Parameter] = []
+    members = []
+    for layer in layers:
+        position = next((i for i, a in enumerate(distinct) if a is layer.lora_A), len(distinct))
+        if position == len(distinct):
+            distinct.append(layer.lora_A)
+        members.append(Member(layer.base_layer, layer.scale, position))
+    dropout = layers[0].dropout if layers[0].training else 0.0
+    return adapted_linear(x, members, distinct, [layer.lora_B for layer in layers], dropout)
+
+
+class SharedInput:
+    """Layers that a model calls one after the other with the same input: the first call computes all of them.
+
+    Whether the input is the same is checked at each call (the same tensor object, unchanged since), so a model that
+    does otherwise gets right results: the group then falls apart into single layers.
+    """
+
+    def __init__(self, layers: Sequence[LoRALinear]):
+        self.layers = tuple(layers)
+        self._ready: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        for layer in layers:
+            layer.shared_input = self
+
+    def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
+        """The output of one of the layers for `x`."""
+        if layer is self.layers[0]:
+            outputs = apply_lora(self.layers, x)
+            rest = {id(other): y for other, y in zip(self.layers[1:], outputs[1:], strict=True)}
+            self._ready = (x, x._version, rest)
+            return outputs[0]
+        ready = self._ready
+        if ready is None or ready[0] is not x or ready[1] != x._version or id(layer) not in ready[2]:
+            self.dissolve()
+            return layer(x)
+        y = ready[2].pop(id(layer))
+        if not ready[2]:
+            self._ready = None  # let go of the input
+        return y
+
+    def dissolve(self) -> None:
+        """Make the layers compute alone from now on."""
+        self._ready = None
+        for layer in self.layers:
+            layer.shared_input = None

@@ -1,0 +1,196 @@
+"""Attention over packed sequences, registered through transformers' attention interface.
+
+    use_packed_attention(model)
+    model.base_model(input_ids=ids, position_ids=positions, attention_mask=packed_mask(cu_seqlens))
+
+The borders of the packed sequences travel where an attention mask does: transformers hands a 4-dimensional mask through
+to every layer unchanged, so `packed_mask` is int32 [1, 1, 1, S + 1] and no mask of T x T is ever built. With any other
+mask (padding, a key-value cache) the layers compute as under `sdpa`, so the same model still generates.
+
+Sliding windows, soft-capped scores and attention sinks are computed too; what is not (chunked attention) is refused.
+
+Shapes: T tokens of all sequences, t of one sequence, S sequences, H query heads, G key-value heads, K head size.
+"""
+
+import itertools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from finerank.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+NAME = "finerank"
+
+
+def packed_mask(cu_seqlens: Tensor) -> Tensor:
+    """The borders of packed sequences in the place of an attention mask; on the CPU, where they are read.
+
+    Args:
+        cu_seqlens: int32 [S + 1], 0 first and T last.
+    """
+    return cu_seqlens.to("cpu", torch.int32).view(1, 1, 1, -1)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make `model` attend inside packed sequences only, where a mask is a `packed_mask`.
+
+    Raises:
+        ModelError: the architecture does not take an attention function, or mixes neighbouring sequences all the same.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME or not _keeps_apart(model):
+        model.set_attn_implementation(before)
+        raise ModelError(f"{type(model).__name__} cannot keep packed sequences apart; use --no-pack.")
+
+
+@torch.no_grad()
+def _keeps_apart(model: PreTrainedModel) -> bool:
+    """Two short sequences give the same hidden states packed as alone."""
+    decoder, device = model.base_model, model.device
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = (torch.arange(1, 12, device=device) * 7 % vocab_size)[None]
+    parts = (slice(0, 5), slice(5, 11))
+    positions = torch.cat([torch.arange(5), torch.arange(6)]).to(device)[None]
+    try:
+        packed = decoder(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=packed_mask(torch.tensor([0, 5, 11])),
+            use_cache=False,
+        ).last_hidden_state
+    except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+        logger.debug("packed attention failed", exc_info=error)
+        return False
+    alone = torch.cat([decoder(input_ids=ids[:, p], use_cache=False).last_hidden_state for p in parts], dim=1)
+    # far below what attention to a neighbour would change, far above rounding
+    return bool((packed - alone).abs().max() <= 0.05 * alone.abs().max())
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, T, K], rotated.
+        key, value: [B, G, T, K].
+        attention_mask: `packed_mask`, or what `sdpa` gets.
+        scaling: factor on the scores; default 1 / sqrt(K).
+        dropout: on the attention probabilities.
+        sliding_window: tokens that a token sees, itself included; None for all.
+        softcap: Gemma 2's cap on the scores.
+        s_aux: [H], gpt-oss's attention sinks: a further logit of each softmax that carries no value.
+
+    Returns:
+        [B, T, H, K] and no weights.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        out = explicit_attention(
+            query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux
+        )
+        return out.transpose(1, 2).contiguous(), None
+    borders = attention_mask.flatten().tolist()
+    window = _window(module, sliding_window, longest=max(b - a for a, b in itertools.pairwise(borders)))
+    outputs = []
+    for start, end in itertools.pairwise(borders):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        plain = softcap is None and s_aux is None and window is None
+        if plain:
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            mask = causal_mask(end - start, window, query.device)
+            out = explicit_attention(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window(module: nn.Module, sliding_window: int | None, longest: int) -> int | None:
+    """The sliding window of a layer; None when every sequence fits into it."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else None  # type: ignore[index]
+    if kind == "sliding_attention" and sliding_window is None:  # a few layers keep it to themselves
+        sliding_window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if kind == "chunked_attention" and (chunk is None or longest > chunk):
+        raise ModelError(
+            f"Packed sequences longer than {chunk} tokens are not supported with chunked attention; use --no-pack."
+        )
+    return sliding_window if sliding_window is not None and longest > sliding_window else None
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [t, t], true where a query (row) sees a key (column): itself and up to `window - 1` before it."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return mask if window is None else mask.triu_(1 - window)
+
+
+def explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention written out, with every extra: [B, H, t, K] queries over [B, G, u, K] keys -> [B, H, t, K].
+
+    Args:
+        query, key, value: see above; B sequences side by side.
+        mask: bool (true: seen) or added to the scores, broadcast to [B, H, t, u]; None: causal.
+        scaling: factor on the scores.
+        dropout: on the probabilities.
+        softcap: `softcap * tanh(scores / softcap)`.
+        sinks: [H], one more logit of each row that carries no value.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
+        mask = mask.tril_(scores.shape[-1] - scores.shape[-2])
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask.float()
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        probs = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    else:
+        probs = torch.softmax(scores, dim=-1)
+    probs = F.dropout(probs.to(value.dtype), dropout)
+    return probs @ value
