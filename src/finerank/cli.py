@@ -6,6 +6,8 @@ function `run(settings)`. Nothing heavy is imported before the flags are checked
 
 import ast
 import importlib.util
+import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -51,7 +53,19 @@ def _dispatch(argv: list[str]) -> int:
     if parsed.dry_run:
         print(config.to_yaml(parsed.settings), end="")
         return 0
+    log_to_stderr()
     return recipe.run(parsed.settings) or 0
+
+
+def log_to_stderr() -> None:
+    """Show what finerank logs, from INFO up, on stderr; under torchrun on the first rank only."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("finerank")
+    logger.handlers[:] = [handler]  # not added to: `main` may run several times in one process
+    logger.setLevel(logging.INFO)
 
 
 def usage() -> str:
