@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from finerank import config
 from finerank.adapters.settings import AdapterSettings
 from finerank.config import setting
-from finerank.data.settings import DataSettings
+from finerank.data.settings import DataSettings, TemplateSettings
 from finerank.errors import ConfigError
 from finerank.models.settings import ModelSettings
 from finerank.train.settings import TrainSettings, check_train_settings
@@ -62,6 +62,7 @@ def run(settings: Settings) -> int:
     from finerank.data.loader import BatchPlan
     from finerank.data.templates import load_template
     from finerank.models.attention import use_packed_attention
+    from finerank.models.forward import verified_head
     from finerank.models.load import load_model
     from finerank.train import run_folder
     from finerank.train.held_out import evaluate_loss
@@ -81,6 +82,8 @@ def run(settings: Settings) -> int:
         held_out = _held_out(settings, splits, _pad_id(loaded))
         base_loss = evaluate_loss(loaded.model, held_out()) if held_out and settings.lora_load else None
         adapters = _make_adapters(loaded.model, settings)
+        # before any dropout: the head is chosen by comparing outputs, and a resumed run must choose the same
+        verified_head(loaded.model)
         loop = TrainLoop(
             loaded.model,
             adapters,
@@ -91,7 +94,7 @@ def run(settings: Settings) -> int:
             adapter_files=lambda: adapter_files(adapters, base_model_name=loaded.source.name),
             held_out=held_out,
         )
-        _start_or_resume(loop, settings, folder)
+        _start_or_resume(loop, settings, folder, template)
         _announce(settings, loaded, adapters, plan, splits)
         state = loop.run()
         if settings.final_adapter == "best":
@@ -174,7 +177,7 @@ def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", spl
     return origin_of(config.to_dict(settings), digests=digests, environment=environment)
 
 
-def _start_or_resume(loop: "TrainLoop", settings: Settings, folder: Path) -> None:
+def _start_or_resume(loop: "TrainLoop", settings: Settings, folder: Path, template: "Template") -> None:
     """Restore what `--resume` names, or clear the place; then write down what this run is."""
     from finerank.files import remove_leftovers
     from finerank.train import resume, run_folder
@@ -188,6 +191,10 @@ def _start_or_resume(loop: "TrainLoop", settings: Settings, folder: Path) -> Non
     else:
         run_folder.clear(folder)
     run_folder.write_config(folder, settings)
+    kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TemplateSettings)}
+    run_folder.write_json(
+        folder / "template.json", {"name": template.name, "digest": template.digest, "settings": kept}
+    )
 
 
 def _announce(
