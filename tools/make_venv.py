@@ -1,0 +1,34 @@
+"""Create the virtual environment, with pip, also where Debian ships Python without `ensurepip`.
+
+    python3 tools/make_venv.py .venv
+
+Where `ensurepip` is missing (a Debian or Ubuntu without the package python3-venv), the environment is made without pip
+and the pip wheel beside this file installs itself into it, so nothing has to be installed by hand.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+SUPPORTED = ((3, 10), (3, 13))
+
+
+def main(folder: str) -> int:
+    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+        found = ".".join(map(str, sys.version_info[:2]))
+        print(f"finerank needs Python 3.10 to 3.13, not {found}: run make with PYTHON=/path/to/python3.11")
+        return 1
+    has_ensurepip = importlib.util.find_spec("ensurepip") is not None
+    print(f"creating {folder} with Python {sys.version.split()[0]} ...", flush=True)
+    venv.EnvBuilder(with_pip=has_ensurepip, clear=True, symlinks=True).create(folder)
+    if has_ensurepip:
+        return 0
+    wheel = next(Path(__file__).parent.glob("pip-*.whl"))
+    python = Path(folder) / "bin" / "python"
+    return subprocess.call([python, f"{wheel}/pip", "install", "--quiet", "--no-index", str(wheel)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
