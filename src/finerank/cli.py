@@ -5,12 +5,13 @@ function `run(settings)`. Nothing heavy is imported before the flags are checked
 """
 
 import ast
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finerank import __version__, config, registry
@@ -53,19 +54,24 @@ def _dispatch(argv: list[str]) -> int:
     if parsed.dry_run:
         print(config.to_yaml(parsed.settings), end="")
         return 0
-    log_to_stderr()
-    return recipe.run(parsed.settings) or 0
+    with log_to_stderr():
+        return recipe.run(parsed.settings) or 0
 
 
-def log_to_stderr() -> None:
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
     """Show what finerank logs, from INFO up, on stderr; under torchrun on the first rank only."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    handler = logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("finerank")
-    logger.handlers[:] = [handler]  # not added to: `main` may run several times in one process
+    before = logger.level
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def usage() -> str:
