@@ -41,7 +41,7 @@ class Decoding:
             self._mask_BT = (self._position_BT >= start_B1).long()
             self._position_BT = (self._position_BT - start_B1).clamp(min=0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[int]:
         """The next token of each of `rows`. Raises ModelError for a model without a key-value cache."""
         output = self._model(
@@ -62,7 +62,7 @@ class Decoding:
             self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(tokens), 1)], dim=1)
         return tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def finish(self, done: set[int]) -> None:
         """Take prompts out of the batch."""
         kept = [place for place, row in enumerate(self.rows) if row not in done]
