@@ -90,6 +90,30 @@ class LazyWeights(Weights):
             raise CheckpointError(f"{self._source}: {unknown_name('tensor', name, self._entries)}") from None
 
 
+class CastWeights(Weights):
+    """Weights whose floating tensors are cast as they are read."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype):
+        self._weights, self._dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self.info(name).dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, and the dtype after the cast."""
+        info = self._weights.info(name)
+        return TensorInfo(info.shape, self._dtype) if info.dtype.is_floating_point else info
+
+
 def in_memory(tensors: Mapping[str, Tensor]) -> LazyWeights:
     """Weights over tensors that are in memory already; each read is a copy."""
     return LazyWeights({name: (TensorInfo(tuple(t.shape), t.dtype), t.clone) for name, t in tensors.items()})

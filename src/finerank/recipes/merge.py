@@ -28,6 +28,9 @@ class Settings:
         None, help="adapter: PEFT folder, run folder or Megatron LoRA checkpoint", flags=("--lora-weights",)
     )
     save_dir: str = setting(help="folder to write", flags=("--output-dir",))
+    lora_r: int | None = setting(None, help="checked against the adapter")
+    lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
+    lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")
     overwrite: bool = setting(False, help="replace --save-dir even when finerank did not write what is in it")
 
 
@@ -35,17 +38,21 @@ def run(settings: Settings) -> int:
     """Merge, write, report; 0, or 3 when the result does not hold up."""
     from finerank.checkpoints.formats import hf
     from finerank.checkpoints.merge import MergedWeights, merged_model, plan_merge
-    from finerank.checkpoints.open import open_adapter, open_base
+    from finerank.checkpoints.open import named_base, open_adapter, open_base
     from finerank.checkpoints.output import output_folder
 
     if (settings.run is None) == (settings.lora_load is None):
         raise ConfigError("Name the adapter once: finerank merge RUN --save-dir OUT, or with --lora-load ADAPTER.")
     adapter_folder = Path(settings.run or settings.lora_load or "")
-    adapter = open_adapter(adapter_folder)
-    base_name = settings.load or adapter.base_model_name
-    if base_name is None:
-        raise ConfigError(f"{adapter_folder} does not name its base model; give it with --load.")
+    base_name = settings.load or named_base(adapter_folder)
     base = open_base(base_name)
+    adapter = open_adapter(
+        adapter_folder,
+        hf_config=base.config,
+        lora_r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_target_modules=settings.lora_target_modules,
+    )
     plan = plan_merge(base, adapter)
     print(f"merging {adapter_folder} into {base_name}: {plan.describe()}")
     merged = merged_model(base, plan)

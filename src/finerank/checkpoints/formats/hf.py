@@ -8,11 +8,14 @@ The caller makes the writing atomic (`finerank.files.replace_folder`).
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finerank.checkpoints.safetensors_file import SafetensorsReader, SafetensorsWriter
-from finerank.checkpoints.weights import BaseModel, LazyWeights, TensorInfo, Weights
+from finerank.checkpoints.weights import BaseModel, CastWeights, LazyWeights, TensorInfo, Weights
 from finerank.errors import CheckpointError
 
 HOLDS = ("base",)
@@ -87,8 +90,15 @@ def _reader(path: Path, name: str) -> Any:
     return read_tensor
 
 
-def write(model: BaseModel, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write config, weights and tokenizer files into an existing empty folder, one tensor at a time."""
+def write(
+    model: BaseModel, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, dtype: torch.dtype | None = None
+) -> None:
+    """Write config, weights and tokenizer files into an existing empty folder, one tensor at a time.
+
+    `dtype` casts floating tensors; None keeps what the model has.
+    """
+    if dtype is not None:
+        model = replace(model, weights=CastWeights(model.weights, dtype))
     copy_text_files(model.folder, folder)
     write_json(folder / "config.json", with_dtype(model))
     names = sorted(model.weights, key=natural_order)

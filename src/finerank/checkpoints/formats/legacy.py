@@ -1,0 +1,51 @@
+"""Megatron legacy checkpoints: the folders of mcore, the model a nested dict under other names.
+
+    model
+     |- language_model
+     |   |- embedding.word_embeddings.weight
+     |   |- encoder: layers.0.self_attention.query_key_value.weight, ...dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
+     |   `- output_layer.weight                     last stage, untied
+     `- word_embeddings_for_head.weight             last stage, tied
+
+Layer numbers restart in every stage. See `docs/formats.md`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from finerank.checkpoints import megatron, megatron_lora
+from finerank.checkpoints.lora import Adapter
+from finerank.checkpoints.megatron_read import TRACKER, MegatronCheckpoint
+from finerank.checkpoints.weights import BaseModel
+
+HOLDS = ("base", "adapter")
+
+
+def matches(folder: Path) -> bool:
+    """True for a folder with Megatron's tracker file whose model is of the legacy layout."""
+    return (folder / TRACKER).is_file() and MegatronCheckpoint.open(folder).is_legacy
+
+
+def read(folder: Path, **options: Any) -> BaseModel:
+    """A base model; see `megatron.read_base` for the options."""
+    return megatron.read_base(folder, **options)
+
+
+def write(model: BaseModel, folder: Path, **options: Any) -> None:
+    """Write a base model; see `megatron.write_base` for the options."""
+    megatron.write_base(model, folder, legacy=True, **options)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """The checkpoint has LoRA tensors: a LoRA checkpoint, or a base and its adapter together."""
+    return MegatronCheckpoint.open(folder).has_lora()
+
+
+def read_adapter(folder: Path, **options: Any) -> Adapter:
+    """A LoRA checkpoint as an adapter; see `megatron_lora.read_lora` for the options."""
+    return megatron_lora.read_lora(folder, **options)
+
+
+def write_adapter(adapter: Adapter, folder: Path, **options: Any) -> tuple[str, ...]:
+    """Write an adapter as a LoRA checkpoint; see `megatron_lora.write_lora` for the options."""
+    return megatron_lora.write_lora(adapter, folder, legacy=True, **options)
