@@ -73,7 +73,7 @@ def parse(settings_class: type[T], argv: Sequence[str], *, verb: str, help: str 
     argv = _spell_flags(argv)
     argv = _drop_ignored(argv, getattr(settings_class, "IGNORED_FLAGS", ()), verb)
     parser = _parser(settings_class, verb, help)
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(_settle_switches(argv, parser))
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         kind = "flag" if unknown[0].startswith("-") else "argument"
@@ -169,6 +169,24 @@ def _spell_flags(argv: Sequence[str]) -> list[str]:
     return spelled
 
 
+def _settle_switches(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`--greedy TEXT` -> `--greedy= TEXT`: a switch takes the next word only when that is true, false or the like."""
+    switches = {flag for action in parser._actions if isinstance(action, _OnOff) for flag in action.option_strings}
+    settled = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        alone = word in switches and not _is_bool_word(following)
+        settled.append(f"{word}=" if alone else word)
+    return settled
+
+
+def _is_bool_word(word: str) -> bool:
+    try:
+        _to_bool(word)
+    except ValueError:
+        return False
+    return True
+
+
 def _drop_ignored(argv: list[str], ignored: Sequence[str], verb: str) -> list[str]:
     kept: list[str] = []
     skipping = False
@@ -198,9 +216,9 @@ class _OnOff(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
         negative = option_string in self.negative
-        if negative and values is not None:
+        if negative and values:
             parser.error(f"{option_string} takes no value")
-        setattr(namespace, self.dest, not negative if values is None else values)
+        setattr(namespace, self.dest, values or not negative)
 
 
 def _parser(settings_class: type, verb: str, help: str) -> argparse.ArgumentParser:
