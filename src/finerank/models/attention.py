@@ -12,6 +12,7 @@ Sliding windows, soft-capped scores and attention sinks are computed too; what i
 Shapes: T tokens of all sequences, t of one sequence, S sequences, H query heads, G key-value heads, K head size.
 """
 
+import inspect
 import itertools
 import logging
 from typing import Any
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finerank.errors import ModelError
+from finerank.models.block_attention import block_attention
 
 logger = logging.getLogger(__name__)
 
@@ -118,19 +121,79 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     borders = attention_mask.flatten().tolist()
     window = _window(module, sliding_window, longest=max(b - a for a, b in itertools.pairwise(borders)))
+    if dropout or softcap is not None or s_aux is not None:
+        extras = {"dropout": dropout, "softcap": softcap, "sinks": s_aux}
+        return _explicit_by_sequence(query, key, value, borders, window, scaling=scaling, **extras), None
+    if query.device.type == "cpu":
+        out = block_attention(query[0], key[0], value[0], borders, scaling=scaling, window=window)
+        return out.unsqueeze(0), None
+    if _has_varlen_kernel(query):
+        return _varlen_attention(query, key, value, borders, window, scaling=scaling), None
+    return _sdpa_by_sequence(query, key, value, borders, window, scaling=scaling), None
+
+
+def _explicit_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: int | None, **options: Any
+) -> Tensor:
+    """[1, T, H, K] by `explicit_attention`."""
     outputs = []
     for start, end in itertools.pairwise(borders):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        plain = softcap is None and s_aux is None and window is None
-        if plain:
-            out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        outputs.append(explicit_attention(q, k, v, causal_mask(end - start, window, query.device), **options))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _sdpa_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: int | None, *, scaling: float
+) -> Tensor:
+    """[1, T, H, K] by torch's attention on each sequence, for devices without a kernel for packed ones."""
+    outputs = []
+    for start, end in itertools.pairwise(borders):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        mask = None if window is None else causal_mask(end - start, window, query.device)
+        is_grouped = q.shape[1] != k.shape[1]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
             )
-        else:
-            mask = causal_mask(end - start, window, query.device)
-            out = explicit_attention(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """torch's kernel for packed sequences takes half precision and heads up to 256, on CUDA from Ampere on."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    )
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: int | None, *, scaling: float
+) -> Tensor:
+    """[1, T, H, K] by torch's CUDA kernel for packed sequences."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    longest = max(b - a for a, b in itertools.pairwise(borders))
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32).pin_memory().to(query.device, non_blocking=True)
+    window_size = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=window_size,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
 
 
 def _window(module: nn.Module, sliding_window: int | None, longest: int) -> int | None:
