@@ -39,9 +39,9 @@ def test_many_byte_characters_come_whole():
 )
 def test_stop_texts_cut_exactly_there(text, stops):
     pieces, stream = pieces_of(TOKENIZER, TOKENIZER(text).input_ids, stops)
-    places = [text.index(stop) for stop in stops if stop in text]
-    assert "".join(pieces) == (text[: min(places)] if places else text)
-    assert stream.stopped == bool(places)
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    assert "".join(pieces) == (text[: min(ends)[1]] if ends else text), "the stop text that is complete first counts"
+    assert stream.stopped == bool(ends)
 
 
 def test_sentencepiece_style_byte_fallback_streams_too():

@@ -45,10 +45,10 @@ class TextStream:
         return text
 
     def _give(self, whole: str, *, final: bool) -> str:
-        found = [place for stop in self._stop if (place := whole.find(stop)) >= 0]
-        if found:
+        found = [(place + len(stop), place) for stop in self._stop if (place := whole.find(stop)) >= 0]
+        if found:  # the one that is complete first, so that it does not matter how the text is cut into tokens
             self.stopped = True
-            whole = whole[: min(found)]
+            whole = whole[: min(found)[1]]
         elif not final:
             if whole.endswith(_INCOMPLETE):
                 return ""
