@@ -67,6 +67,7 @@ def run(settings: Settings) -> int:
     from finerank.train import run_folder
     from finerank.train.held_out import evaluate_loss
     from finerank.train.loop import TrainLoop
+    from finerank.train.state import use_deterministic_kernels
     from finerank.train.stop import run_lock
 
     if settings.replay is not None:
@@ -75,6 +76,8 @@ def run(settings: Settings) -> int:
     with run_lock(folder):
         run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
         loaded = load_model(settings, seed=settings.seed)
+        if settings.deterministic:
+            use_deterministic_kernels(loaded.model.device)
         use_packed_attention(loaded.model)
         template = load_template(settings, loaded.tokenizer)
         splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed, output_dir=folder)
@@ -204,7 +207,6 @@ def _announce(
     total = sum(p.numel() for p in loaded.model.parameters())
     held_out = len(splits.valid) if splits.valid is not None else 0
     _say(f"{loaded.source.name}: {total / 1e6:.1f} M parameters in {dtype} on {loaded.model.device}")
-    _say(adapters.describe())
     _say(f"{len(splits.train)} rows, {held_out} held out; {plan.num_steps} steps of {settings.global_batch_size} rows")
 
 

@@ -113,11 +113,12 @@ def write_replay(
     parameters: Mapping[str, Tensor],
 ) -> None:
     """Write what `read_replay` needs. Raises StorageError."""
-    tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    # clones, because a batch may use one tensor twice, which the format does not allow
+    tensors = {f"parameter/{name}": p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
     for i, batch in enumerate(batches):
         for key in _BATCH_TENSORS:
             if (value := getattr(batch, key)) is not None:
-                tensors[f"batch/{i}/{key}"] = value.cpu().contiguous()
+                tensors[f"batch/{i}/{key}"] = value.cpu().contiguous().clone()
     about = {"step": step, "seeds": [list(s) for s in seeds], "rows": [list(b.rows) for b in batches]}
     with replace_file(path) as aside:
         aside.write_bytes(safetensors.torch.save(tensors, metadata={"replay": json.dumps(about)}))

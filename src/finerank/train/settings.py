@@ -47,6 +47,7 @@ class RunSettings:
     )
     train_iters: int | None = setting(None, help="optimizer steps", flags=("--max-steps",))
     seed: int = setting(1234, help="seed of everything random")
+    deterministic: bool = setting(True, help="GPU: only kernels that give the same bits each time")
     eval_interval: int | None = setting(
         None, help="steps between evaluations; default: start, end and ten times between"
     )

@@ -12,6 +12,7 @@ What is left is `TrainState`, plus the trained parameters and AdamW's moments.
 
 import dataclasses
 import hashlib
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ def load_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tens
                     "--lora-r it was saved with."
                 )
             parameter.copy_(tensors[name])
+
+
+def use_deterministic_kernels(device: torch.device) -> None:
+    """On a GPU, only kernels that give the same bits each time; a warning names an operation that has none.
+
+    CPU kernels of torch do that anyway for a fixed number of threads.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's notes on randomness ask for
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_everything(*numbers: int) -> None:

@@ -104,12 +104,15 @@ def run_lock(folder: Path) -> Iterator[None]:
     file that a killed run left behind is simply taken over.
     """
     path = folder / "run.lock"
+    is_new = not folder.exists()
     descriptor = _take(path)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
+            if is_new:
+                folder.rmdir()  # only when nothing was written: a run that never began leaves no folder
         os.close(descriptor)
 
 

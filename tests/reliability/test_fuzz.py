@@ -1,0 +1,162 @@
+"""Every reader of outside bytes, fed with broken ones: our own errors or a right answer, never another exception.
+
+Each parser has a valid sample. The inputs are: arbitrary bytes, the sample cut, with bytes changed, inserted or
+repeated, and (for JSON and YAML) arbitrary values in its place. The default run tries some, the marked one 100,000 of
+each.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finerank import config
+from finerank.adapters.files import load_adapter, read_adapter_config, save_adapter
+from finerank.adapters.inject import inject_adapters
+from finerank.adapters.settings import AdapterSettings
+from finerank.checkpoints import native
+from finerank.data.types import Batch
+from finerank.errors import FinerankError
+from finerank.recipes.tune import Settings
+from finerank.train.metrics import read_metrics
+from finerank.train.nonfinite import read_replay, write_replay
+from tiny import tiny_model
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A file that is read, the sample that is broken, and how it is read."""
+
+    file: str
+    read: Callable[[Path], object]
+    make: Callable[[Path], None]
+    text: str | None = None
+    """json or yaml: then whole values are drawn, too."""
+
+
+def make_adapter(folder: Path) -> None:
+    adapters = inject_adapters(tiny_model("llama"), AdapterSettings(lora_r=2, lora_target_modules=["q_proj"]), seed=1)
+    save_adapter(adapters, folder, base_model_name="base")
+
+
+def make_checkpoint(folder: Path) -> None:
+    native.save_checkpoint(folder / "checkpoint-1", state={"step": 1, "train": {}}, tensors={"a": torch.ones(2)})
+
+
+def make_replay(folder: Path) -> None:
+    ids = torch.arange(4)[None]
+    batch = Batch(input_ids=ids, target_ids=ids, position_ids=ids, rows=(1, 2))
+    write_replay(folder / "replay.safetensors", step=3, batches=[batch], seeds=[(1, 2, 3)], parameters={"a": ids})
+
+
+def read_config(path: Path) -> object:
+    return config.build(Settings, config.read_yaml(path, Settings))
+
+
+def read_state(path: Path) -> object:
+    """A checkpoint whose file was changed by someone who mended the manifest as well."""
+    folder = path.parent
+    files = {p.name: native._fingerprint(p) for p in folder.iterdir() if p.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"files": files, "format": native.FORMAT}))
+    return native.read_checkpoint(folder)
+
+
+PARSERS = {
+    "config": Parser(
+        "config.yaml", read_config, lambda f: (f / "config.yaml").write_text(config.to_yaml(Settings())), "yaml"
+    ),
+    "metrics": Parser(
+        "metrics.jsonl", read_metrics, lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n'), "json"
+    ),
+    "manifest": Parser(
+        "checkpoint-1/manifest.json", lambda p: native.read_checkpoint(p.parent), make_checkpoint, "json"
+    ),
+    "state": Parser("checkpoint-1/state.json", read_state, make_checkpoint, "json"),
+    "state tensors": Parser("checkpoint-1/state.safetensors", read_state, make_checkpoint),
+    "replay": Parser("replay.safetensors", read_replay, make_replay),
+    "adapter config": Parser("adapter_config.json", lambda p: read_adapter_config(p.parent), make_adapter, "json"),
+    "adapter tensors": Parser(
+        "adapter_model.safetensors", lambda p: load_adapter(tiny_model("llama"), p.parent), make_adapter
+    ),
+}
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def mutations(sample: bytes) -> st.SearchStrategy[bytes]:
+    """The sample with one to three pieces replaced, removed or repeated."""
+    place = st.integers(0, len(sample))
+    piece = st.tuples(place, place, st.binary(max_size=6) | st.sampled_from([b"{", b"[", b'"', b"\x00", b"9" * 30]))
+
+    def apply(pieces: list[tuple[int, int, bytes]]) -> bytes:
+        content = sample
+        for a, b, new in pieces:
+            content = content[: min(a, b)] + new + content[max(a, b) if abs(a - b) < 40 else min(a, b) + 1 :]
+        return content
+
+    return st.lists(piece, min_size=1, max_size=3).map(apply)
+
+
+def edited_values(sample: bytes, kind: str) -> st.SearchStrategy[bytes]:
+    """The sample's mapping with some keys set to arbitrary values, or another value altogether."""
+    load = json.loads if kind == "json" else yaml.safe_load
+    dump = json.dumps if kind == "json" else yaml.safe_dump
+    original = load(sample)
+    keys = st.sampled_from(sorted(original)) | st.text(max_size=8)
+    edits = st.dictionaries(keys, VALUES, min_size=1, max_size=3)
+    return (VALUES | edits.map(lambda e: {**original, **e})).map(lambda v: dump(v).encode("utf-8", "surrogatepass"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield tmp_path
+
+
+def fuzz(parser: Parser, folder: Path, examples: int) -> None:
+    parser.make(folder)
+    path = folder / parser.file
+    sample = path.read_bytes()
+    parser.read(path)  # the sample itself is right
+    siblings = {p: p.read_bytes() for p in path.parent.iterdir() if p != path}
+    inputs = st.binary(max_size=64) | mutations(sample)
+    if parser.text is not None:
+        inputs |= edited_values(sample.splitlines()[0] if parser.file.endswith("jsonl") else sample, parser.text)
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(inputs)
+    def run(content: bytes) -> None:
+        for sibling, before in siblings.items():
+            if not sibling.is_file() or sibling.stat().st_size != len(before):
+                sibling.write_bytes(before)
+        path.write_bytes(content)
+        try:
+            parser.read(path)
+        except FinerankError as error:
+            assert str(error).strip()
+
+    run()
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_broken_bytes_raise_only_our_errors(folder: Path, name: str) -> None:
+    fuzz(PARSERS[name], folder, 100)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", PARSERS)
+def test_100_000_broken_inputs_raise_only_our_errors(folder: Path, name: str) -> None:
+    fuzz(PARSERS[name], folder, 100_000)
