@@ -31,7 +31,20 @@ def make_adapter(model: Any, folder: Path, *, seed: int = 1, std: float = 0.1, *
 
 
 def merge(base: Path, adapter: Path, out: Path, *extra: str) -> int:
-    return main(["merge", "--load", str(base), "--lora-load", str(adapter), "--save-dir", str(out), *extra])
+    return main(
+        [
+            "merge",
+            "--load",
+            str(base),
+            "--lora-load",
+            str(adapter),
+            "--save-dir",
+            str(out),
+            "--proof",
+            "weights",
+            *extra,
+        ]
+    )
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -172,7 +185,7 @@ def test_the_adapter_names_its_base_itself(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     make_adapter(model, tmp_path / "adapter", **KINDS["all-linear"])
-    assert main(["merge", str(tmp_path / "adapter"), "--save-dir", str(tmp_path / "out")]) == 0
+    assert main(["merge", str(tmp_path / "adapter"), "--save-dir", str(tmp_path / "out"), "--proof", "weights"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

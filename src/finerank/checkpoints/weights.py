@@ -136,6 +136,8 @@ class BaseModel:
     """Tensors under Hugging Face names."""
     folder: Path | None = None
     """Folder with tokenizer, chat template and generation config to copy; None when there is none."""
+    is_in_folder: bool = False
+    """`folder` holds these very weights in Hugging Face's format."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to tell the user."""
 

@@ -3,8 +3,9 @@
     finerank merge runs/first --save-dir merged                            a run folder names its base itself
     finerank merge --load BASE --lora-load ADAPTER --save-dir merged
 
-Writes a Hugging Face folder in the base's dtype (fp32 arithmetic, one rounding) with `merge_report.json` in it. Exit
-status 3 when the adapter changed nothing.
+Writes a Hugging Face folder in the base's dtype (fp32 arithmetic, one rounding) with `merge_report.json` in it: what
+happened to the bits, and how far the merged model is from base and adapter on 32 prompts. Exit status 3 when that is
+over --max-kl, or when the adapter changed nothing.
 """
 
 from dataclasses import dataclass
@@ -31,15 +32,22 @@ class Settings:
     lora_r: int | None = setting(None, help="checked against the adapter")
     lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
     lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")
+    proof: str = setting(
+        "auto",
+        choices=("auto", "full", "weights"),
+        help="full runs both models; weights looks at the bits only; auto is full where the model fits in memory",
+    )
+    max_kl: float = setting(0.01, help="mean KL in nats between base with adapter and merged model; over it, status 3")
     overwrite: bool = setting(False, help="replace --save-dir even when finerank did not write what is in it")
 
 
 def run(settings: Settings) -> int:
-    """Merge, write, report; 0, or 3 when the result does not hold up."""
+    """Merge, write, prove; 0, or 3 when the result does not hold up."""
     from finerank.checkpoints.formats import hf
-    from finerank.checkpoints.merge import MergedWeights, merged_model, plan_merge
+    from finerank.checkpoints.merge import merged_model, plan_merge
     from finerank.checkpoints.open import named_base, open_adapter, open_base
-    from finerank.checkpoints.output import output_folder
+    from finerank.checkpoints.output import check_output, output_folder
+    from finerank.checkpoints.report import describe, merge_report, verdict
 
     if (settings.run is None) == (settings.lora_load is None):
         raise ConfigError("Name the adapter once: finerank merge RUN --save-dir OUT, or with --lora-load ADAPTER.")
@@ -54,22 +62,18 @@ def run(settings: Settings) -> int:
         lora_target_modules=settings.lora_target_modules,
     )
     plan = plan_merge(base, adapter)
-    print(f"merging {adapter_folder} into {base_name}: {plan.describe()}")
+    target, sources = Path(settings.save_dir), [Path(base_name), base.folder, adapter_folder]
+    check_output(target, sources=sources, overwrite=settings.overwrite)
+    print(f"merging {adapter_folder} into {base_name}: {plan.describe()}", flush=True)
     merged = merged_model(base, plan)
-    assert isinstance(merged.weights, MergedWeights)
-    target = Path(settings.save_dir)
-    with output_folder(target, sources=[base.folder, adapter_folder], overwrite=settings.overwrite) as folder:
+    with output_folder(target, sources=sources, overwrite=settings.overwrite) as folder:
         hf.write(merged, folder)
         hf.copy_tokenizer(adapter_folder, folder)
-        totals = merged.weights.report.totals()
-        report = {"base": base_name, "adapter": str(adapter_folder), "weights": totals}
-        hf.write_json(folder / "merge_report.json", {**report, "tensors": merged.weights.report.rows()})
-    print(
-        f"merged model in {target}: {totals['share_of_weights_changed']:.2%} of "
-        f"{totals['num_weights_with_adapter']:,} adapted weights changed, rounding error at most "
-        f"{totals['max_rounding_error']:.3g}, mean {totals['mean_rounding_error']:.3g}"
-    )
-    if not totals["num_weights_changed"]:
-        print("the adapter changed nothing: it is untrained, or its change is below what the base's dtype can hold")
-        return 3
-    return 0
+        report = merge_report(base, adapter, merged, folder, proof=settings.proof, max_kl=settings.max_kl)
+        report.update(base=base_name, adapter=str(adapter_folder), notes=list(plan.notes))
+        hf.write_json(folder / "merge_report.json", report)
+    print(f"{describe(report)}\nmerged model in {target}")
+    problem = verdict(report)
+    if problem is not None:
+        print(f"NOT PROVEN: {problem}")
+    return 3 if problem else 0

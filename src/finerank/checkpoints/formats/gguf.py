@@ -151,8 +151,8 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: BaseModel) -> tuple[s
     architecture, name_map, dims = _architecture(base.config)
     if adapter.is_dora or adapter.whole or any(f.is_embedding or f.is_transposed for f in adapter.factors.values()):
         raise AdapterError(
-            f"{adapter.source} has parts that are no plain LoRA (DoRA, embeddings, modules saved whole), which llama.cpp "
-            "would ignore; merge it and export --to gguf."
+            f"{adapter.source} has parts that are no plain LoRA (DoRA, embeddings, modules saved whole), which "
+            "llama.cpp would ignore; merge it and export --to gguf."
         )
     alpha = Counter(f.scale * f.rank for f in adapter.factors.values()).most_common(1)[0][0]
     writer = gguf.GGUFWriter(None, architecture)
@@ -205,14 +205,10 @@ def read_adapter(folder: Path, *, hf_config: dict[str, Any] | None = None, **fla
     rank = max(f.rank for f in factors.values())
     patterns = {m: f.rank for m, f in factors.items() if f.rank != rank}
     config = lora_config(rank, alpha, factors, rank_pattern=patterns)
-    for flag, given, stored in (
-        ("--lora-r", flags.get("lora_r"), rank),
-        ("--lora-alpha", flags.get("lora_alpha"), alpha),
-    ):
-        if given is not None and given != stored:
-            raise AdapterError(
-                f"--{flag.replace('_', '-')} {given} disagrees with {path}, which has {stored}; leave it out."
-            )
+    for flag, stored in (("lora_r", rank), ("lora_alpha", alpha)):
+        if flags.get(flag) not in (None, stored):
+            name = f"--{flag.replace('_', '-')}"
+            raise AdapterError(f"{name} {flags[flag]} disagrees with {path}, which has {stored}; leave it out.")
     return Adapter(config=config, factors=factors, source=str(path))
 
 

@@ -40,7 +40,7 @@ def read(folder: Path) -> BaseModel:
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give the folder of a Hugging Face model.")
     config = read_json(folder / "config.json")
-    return BaseModel(config=config, weights=read_weights(folder), folder=folder)
+    return BaseModel(config=config, weights=read_weights(folder), folder=folder, is_in_folder=True)
 
 
 def read_weights(folder: Path) -> Weights:
