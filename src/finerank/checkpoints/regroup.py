@@ -27,6 +27,7 @@ from finerank.checkpoints.weights import same_bits
 from finerank.errors import AdapterError
 from finerank.models.families import Dims, Family, TensorRule
 
+_DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 Place = tuple[int, str]
 """(layer, Megatron module with the global number of an expert)."""
 
@@ -40,7 +41,7 @@ class GroupedAdapter:
     rank: int
     alpha: float
     record: dict[str, Any] | None = None
-    """How it was made from a PEFT adapter: its config, and by module (offset, rank, folded ratio)."""
+    """How it was made from a PEFT adapter: its config, and by module (offset, rank, folded ratio, dtype)."""
     notes: tuple[str, ...] = ()
 
 
@@ -80,7 +81,7 @@ def group_adapter(
         for name, factors, offset in zip(group.names, group.parts, columns, strict=True):
             if factors is not None:
                 ratio = factors.scale / scale
-                record[name] = [offset, factors.rank, ratio]
+                record[name] = [offset, factors.rank, ratio, str(factors.b_OR.dtype)]
                 inexact += not _is_power_of_two(ratio)
     notes = []
     if rank > max(f.rank for f in adapter.factors.values()):
@@ -133,20 +134,26 @@ def _build(
     group: _Group, columns: list[int], rank: int, scale: float, dims: Dims, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
     present = next(p for p in group.parts if p is not None)
+    ratios = [p.scale / scale for p in group.parts if p is not None]
+    is_exact = all(_is_power_of_two(r) for r in ratios)
+    b_dtype = present.b_OR.dtype if is_exact else torch.float32
     a = torch.zeros(rank, present.a_RI.shape[1], dtype=present.a_RI.dtype)
     blocks = []
     for name, part, column in zip(group.names, group.parts, columns, strict=True):
         num_rows = part.b_OR.shape[0] if part is not None else shapes[name][0]
-        block = torch.zeros(num_rows, rank, dtype=present.b_OR.dtype)
+        block = torch.zeros(num_rows, rank, dtype=b_dtype)
         if part is not None:
             a[column : column + part.rank] = part.a_RI
-            block[:, column : column + part.rank] = _scaled(part.b_OR, part.scale / scale)
+            block[:, column : column + part.rank] = scaled(part.b_OR, part.scale / scale)
         blocks.append(block)
     return a, packing.pack(group.rule.packing, blocks, dims)
 
 
-def _scaled(b: Tensor, ratio: float) -> Tensor:
-    return b if ratio == 1 else (b.double() * ratio).to(b.dtype)
+def scaled(b: Tensor, ratio: float) -> Tensor:
+    """lora_B with a factor folded in: exact for powers of two, otherwise in fp32, rounded once."""
+    if _is_power_of_two(ratio):
+        return b if ratio == 1 else b * ratio
+    return (b.double() * ratio).float()
 
 
 def _is_power_of_two(ratio: float) -> bool:
@@ -175,14 +182,15 @@ def _original(shared: dict[str, tuple[Tensor, Tensor]], record: dict[str, Any]) 
 
     factors = {}
     for name, (a, b) in sorted(shared.items()):
-        offset, rank, ratio = record["modules"].get(name, (0, 0, 1.0))
+        offset, rank, ratio, dtype = record["modules"].get(name, (0, 0, 1.0, ""))
         outside = torch.cat([b[:, :offset], b[:, offset + rank :]], dim=1)
         if outside.count_nonzero():
             return None
         if rank:
             block = b[:, offset : offset + rank]
             scale = rank_and_scale(record["config"], name)[1]
-            factors[name] = Factors(a[offset : offset + rank].clone(), _scaled(block, 1 / ratio).contiguous(), scale)
+            b_OR = scaled(block, 1 / ratio).to(_DTYPES[dtype])  # undoes a fold of 16-bit factors exactly
+            factors[name] = Factors(a[offset : offset + rank].clone(), b_OR.contiguous(), scale)
     return factors if set(factors) == set(record["modules"]) else None
 
 
@@ -215,8 +223,8 @@ def read_record(args: Mapping[str, Any]) -> dict[str, Any] | None:
         record = json.loads(text) if isinstance(text, str) else None
         if not isinstance(record, dict) or not isinstance(record["config"], dict):
             return None
-        for name, (offset, rank, ratio) in record["modules"].items():
-            whole = type(offset) is int and type(rank) is int and offset >= 0 and rank > 0
+        for name, (offset, rank, ratio, dtype) in record["modules"].items():
+            whole = dtype in _DTYPES and type(offset) is int and type(rank) is int and offset >= 0 and rank > 0
             if not isinstance(name, str) or not whole or not math.isfinite(ratio) or ratio == 0:
                 return None
     except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
