@@ -120,6 +120,14 @@ def test_a_file_of_prompts_gives_a_file_of_answers(base, tmp_path, capsys):
     assert [json.loads(line)["answer"] for line in printed.splitlines()] == [a["answer"] for a in answers[::2]]
 
 
+def test_the_default_model_answers_sensibly(smollm2, capsys):
+    assert answer_of(capsys, "--load", smollm2, "What is the capital of France?") == "The capital of France is Paris.\n"
+    answer = answer_of(
+        capsys, "--load", smollm2, "--system", "You answer in capitals.", "--stop", "Paris", "--", "Paris?"
+    )
+    assert "Paris" not in answer
+
+
 def test_a_prompt_comes_from_a_pipe(base, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
     assert answer_of(capsys, "--load", base) == answer_of(capsys, "--load", base, "Hi")

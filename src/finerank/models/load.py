@@ -75,6 +75,7 @@ def load_model(settings: ModelSettings, *, seed: int = 1234) -> LoadedModel:
     dtype = pick_dtype(settings, device)
     if settings.load is None:
         model, source = _initialise(settings, dtype, seed)
+        tokenizer = load_tokenizer(settings)
     else:
         if settings.model_config is not None:
             raise ConfigError("--load and --model-config are both given; keep one of them.")
@@ -82,7 +83,8 @@ def load_model(settings: ModelSettings, *, seed: int = 1234) -> LoadedModel:
         config = _read_config(found.folder, settings.load, settings)
         model = _read_weights(found.folder, settings.load, config, dtype, settings)
         source = ModelSource(found.name, found.folder, model_digest(found.folder))
-    tokenizer = load_tokenizer(settings)
+        elsewhere = settings.tokenizer_name_or_path is not None
+        tokenizer = load_tokenizer(settings) if elsewhere else _read_tokenizer(found.folder, settings.load, settings)
     _check_vocabulary(model, tokenizer)
     model.requires_grad_(False)
     return LoadedModel(model.eval().to(device), tokenizer, source)
@@ -102,6 +104,10 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         folder, name = find_model(settings, weights=False).folder, settings.load
     else:
         folder, name = _config_folder(settings), str(settings.model_config)
+    return _read_tokenizer(folder, name, settings)
+
+
+def _read_tokenizer(folder: Path, name: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(f"There is no tokenizer with {name}; name one with --tokenizer-name-or-path FOLDER.")
     try:

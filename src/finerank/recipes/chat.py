@@ -6,6 +6,7 @@ The model sees the earlier turns. /help lists the commands; Ctrl-C stops an answ
 from a pipe, each line is a question and each answer goes to standard output.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -70,7 +71,8 @@ def _lines(*, interactive: bool) -> Iterator[str]:
         for line in sys.stdin:
             yield line.strip()
         return
-    import readline  # noqa: F401  lends `input` line editing and a history
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  lends `input` line editing and a history
 
     while True:
         try:
