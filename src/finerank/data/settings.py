@@ -74,3 +74,6 @@ class DataSettings(RowSettings, BatchSettings):
     split: str | None = setting(None, help="Megatron's train,valid,test weights, e.g. 949,50,1")
     max_samples: int | None = setting(None, help="use only the first samples")
     data_cache: bool = setting(True, help="keep token ids under the cache folder, keyed by content")
+    template_anyway: bool = setting(
+        False, help="train on an indexed prefix although it was made with another prompt template"
+    )

@@ -32,17 +32,21 @@ class Conversation:
     """Tool descriptions as JSON text."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Rendered:
-    """Token ids of one sample and, for each of them, whether the loss counts its prediction."""
+    """Token ids of one sample and their labels, unshifted as Megatron stores them: the id where trained, else -100.
+
+    A label is not always the id beside it: templates that end an answer with the next turn's first token train that
+    position on the end-of-text token instead.
+    """
 
     ids: list[int]
-    loss_mask: list[bool]
+    labels: list[int]
 
     @property
-    def labels(self) -> list[int]:
-        """Unshifted labels as Megatron stores them: the id where trained, else -100."""
-        return [i if m else IGNORE_INDEX for i, m in zip(self.ids, self.loss_mask, strict=True)]
+    def loss_mask(self) -> list[bool]:
+        """For each token, whether the loss counts its prediction."""
+        return [label != IGNORE_INDEX for label in self.labels]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,105 @@
+"""Handlers: what a row of a certain form means as a conversation.
+
+    handler = make_handler("AlpacaStyleInstructionHandler", map_keys=None)     by name
+    handler = detect_handler(rows)                                             by the columns of the first rows
+    conversation = handler.convert(row)                                        raises BadRow with the reason
+
+A handler is a module in this folder with `NAMES` (the class names of MindSpeed-LLM), `KEYS` (what `--map-keys` may
+rename), `matches(row)` and `convert(row, columns)`. They are asked in the order of their `ORDER`, from special to
+general, so that a row with `chosen` and `rejected` is never taken for a plain instruction.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from finerank import registry
+from finerank.data.types import Conversation
+from finerank.errors import ConfigError, unknown_name
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column has which role; `named` says that the handler was asked for by its class name.
+
+    A role without a column is absent. Roles not listed have their usual column.
+    """
+
+    by_role: Mapping[str, Any]
+    named: bool = False
+
+    def get(self, row: Row, role: str, default: str) -> Any:
+        """The value of a role's column, or None. Raises BadRow when `--map-keys` names a column the row lacks."""
+        from finerank.data.rows import BadRow
+
+        if role not in self.by_role:
+            return row.get(default)
+        column = self.by_role[role]
+        if not column:
+            return None
+        if column not in row:
+            raise BadRow(f"no column '{column}'")
+        return row[column]
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A row format with its columns."""
+
+    name: str
+    columns: Columns
+    mask_history: bool = False
+
+    def convert(self, row: Row) -> Conversation:
+        """The row's conversation; with `mask_history`, only the last answer is trained. Raises BadRow."""
+        conversation = _module(self.name).convert(row, self.columns)
+        if not self.mask_history:
+            return conversation
+        from dataclasses import replace
+
+        answers = [i for i, m in enumerate(conversation.messages) if m.trained]
+        last = answers[-1] if answers else -1
+        messages = tuple(replace(m, trained=m.trained and i == last) for i, m in enumerate(conversation.messages))
+        return replace(conversation, messages=messages)
+
+
+def make_handler(name: str, *, map_keys: Mapping[str, Any] | None = None, mask_history: bool = False) -> Handler:
+    """The handler of a class name (`AlpacaStyleInstructionHandler`) or file name (`alpaca`). Raises ConfigError."""
+    by_name = {alias: stem for stem in registry.names(__name__) for alias in (stem, *_module(stem).NAMES)}
+    stem = by_name.get(name) or by_name.get(name.replace("-", "_"))
+    if stem is None:
+        raise ConfigError(unknown_name("handler", name, by_name))
+    return Handler(stem, _columns(stem, map_keys, named=name != stem), mask_history)
+
+
+def detect_handler(
+    rows: Sequence[Row], *, map_keys: Mapping[str, Any] | None = None, mask_history: bool = False
+) -> Handler | None:
+    """The handler of the first of `rows` that one of them knows; None when there is no such row."""
+    for row in rows:
+        columns = dict(row)
+        for role, column in (map_keys or {}).items():
+            if isinstance(column, str) and column in row:  # judged by what the columns are called after renaming
+                columns[_default_column(role)] = row[column]
+        for stem in sorted(registry.names(__name__), key=lambda s: (_module(s).ORDER, s)):
+            if set(map_keys or {}) <= set(_module(stem).KEYS) and _module(stem).matches(columns):
+                return Handler(stem, _columns(stem, map_keys, named=False), mask_history)
+    return None
+
+
+def _default_column(role: str) -> str:
+    return {"prompt": "instruction", "query": "input", "response": "output"}.get(role, role)
+
+
+def _columns(stem: str, map_keys: Mapping[str, Any] | None, *, named: bool) -> Columns:
+    for key in map_keys or {}:
+        if key not in _module(stem).KEYS:
+            raise ConfigError("--map-keys: " + unknown_name(f"role of the {stem} rows", key, _module(stem).KEYS))
+    return Columns(dict(map_keys or {}), named)
+
+
+def _module(stem: str) -> ModuleType:
+    return registry.load(__name__, stem, "handler")

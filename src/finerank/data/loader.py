@@ -1,0 +1,162 @@
+"""Batches: which samples each optimizer step sees, and how they are laid side by side.
+
+    plan = BatchPlan(dataset, settings, seed=1234, num_epochs=1, pad_token_id=2)
+    for step in range(plan.num_steps):
+        for batch in plan.micro_batches(step): ...
+
+A plan holds no state: everything follows from (seed, epoch) and the step, so a run resumes at any step with exactly the
+rows it would have seen. Packed, the samples of a global batch fill as few token budgets as best-fit finds; padded, they
+are sorted by length first, so that little is padded.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from finerank.data.packing import best_fit
+from finerank.data.settings import BatchSettings, RowSettings
+from finerank.data.tokens import TokenDataset
+from finerank.data.types import IGNORE_INDEX, Batch
+from finerank.errors import ConfigError
+
+
+class BatchPlan:
+    """The order of the samples of a whole run.
+
+    Args:
+        dataset: what to draw from.
+        settings: batch sizes and layout.
+        seed: of the permutation of each epoch.
+        num_epochs: passes over the data, perhaps a fraction; or
+        num_steps: optimizer steps, over as many epochs as that takes.
+        pad_token_id: what fills padded positions.
+
+    Raises ConfigError for sizes that no batch can have.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        settings: BatchSettings,
+        *,
+        seed: int,
+        num_epochs: float | None = None,
+        num_steps: int | None = None,
+        pad_token_id: int,
+    ):
+        _check(settings)
+        assert (num_epochs is None) != (num_steps is None) and len(dataset)
+        self.dataset, self.settings = dataset, settings
+        self.seed, self.pad_token_id = seed, pad_token_id
+        self.steps_per_epoch = math.ceil(len(dataset) / settings.global_batch_size)
+        if num_steps is None:
+            assert num_epochs is not None
+            num_steps = max(1, math.ceil(round(num_epochs * self.steps_per_epoch, 6)))
+        self.num_steps = num_steps
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def rows(self, step: int) -> list[int]:
+        """Numbers of the samples of a step's global batch; an epoch's last batch may be short."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._permutation(epoch))
+        size = self.settings.global_batch_size
+        return self._order[1][at * size : (at + 1) * size].tolist()
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The step's global batch in pieces that each fit into one forward pass."""
+        return _micro_batches(self.dataset, self.rows(step), self.settings, self.pad_token_id)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if not self.settings.shuffle:
+            return np.arange(len(self.dataset))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+
+def eval_batches(
+    dataset: TokenDataset, settings: BatchSettings, *, max_batches: int | None = None, pad_token_id: int = 0
+) -> Iterator[Batch]:
+    """Batches of all samples in order, or of the first ones: at most `max_batches` batches."""
+    _check(settings)
+    count = 0
+    size = max(settings.global_batch_size, 16)  # enough samples at a time for packs to fill
+    for start in range(0, len(dataset), size):
+        rows = list(range(start, min(start + size, len(dataset))))
+        for batch in _micro_batches(dataset, rows, settings, pad_token_id):
+            if max_batches is not None and count >= max_batches:
+                return
+            count += 1
+            yield batch
+
+
+def packed_batch(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
+    """Samples one after the other in one row, without attention between them."""
+    lengths = dataset.lengths[list(rows)]
+    input_ids = np.concatenate([dataset.ids(row) for row in rows]).astype(np.int64)
+    targets = np.concatenate([_shifted(dataset.labels(row)) for row in rows])
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    return Batch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        target_ids=torch.from_numpy(targets)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        rows=tuple(rows),
+    )
+
+
+def padded_batch(dataset: TokenDataset, rows: Sequence[int], *, length: int, pad_token_id: int) -> Batch:
+    """Samples below each other, padded on the right to `length` tokens."""
+    shape = (len(rows), length)
+    input_ids = np.full(shape, pad_token_id, np.int64)
+    targets = np.full(shape, IGNORE_INDEX, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for b, row in enumerate(rows):
+        ids = dataset.ids(row)
+        input_ids[b, : len(ids)] = ids
+        targets[b, : len(ids)] = _shifted(dataset.labels(row))
+        mask[b, : len(ids)] = 1
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        target_ids=torch.from_numpy(targets),
+        position_ids=torch.arange(length).repeat(len(rows), 1),
+        attention_mask=torch.from_numpy(mask),
+        rows=tuple(rows),
+    )
+
+
+def _micro_batches(
+    dataset: TokenDataset, rows: Sequence[int], settings: BatchSettings, pad_token_id: int
+) -> list[Batch]:
+    lengths = dataset.lengths
+    if settings.pack:
+        packs = best_fit(
+            [int(lengths[row]) for row in rows], settings.micro_batch_tokens, most=settings.micro_batch_size
+        )
+        return [packed_batch(dataset, [rows[i] for i in pack]) for pack in packs]
+    size = settings.micro_batch_size or 1
+    ordered = sorted(rows, key=lambda row: -int(lengths[row]))
+    batches = []
+    for start in range(0, len(ordered), size):
+        own = ordered[start : start + size]
+        longest = int(lengths[own].max())
+        if not settings.variable_seq_lengths:
+            assert isinstance(settings, RowSettings)
+            longest = settings.seq_length
+        multiple = settings.pad_to_multiple_of
+        length = math.ceil(longest / multiple) * multiple
+        batches.append(padded_batch(dataset, own, length=length, pad_token_id=pad_token_id))
+    return batches
+
+
+def _shifted(labels: np.ndarray) -> np.ndarray:
+    """int64 targets: at each position the label of the next one; nothing at the last."""
+    return np.append(labels[1:], IGNORE_INDEX).astype(np.int64)
+
+
+def _check(settings: BatchSettings) -> None:
+    for name in ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "pad_to_multiple_of"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")

@@ -1,0 +1,60 @@
+"""Packing: which samples share a row of fixed capacity.
+
+`best_fit` fills rows for training: longest first, each sample into the fullest row that still takes it. `knapsack` is
+MindSpeed-LLM's `--pack`, kept so that its files can be made again byte for byte.
+"""
+
+import bisect
+import collections
+from collections.abc import Sequence
+
+
+def best_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) -> list[list[int]]:
+    """Positions of the samples of each row, best-fit decreasing; deterministic.
+
+    Args:
+        lengths: of the samples, in tokens. A sample longer than `capacity` gets a row of its own.
+        capacity: of a row, in tokens.
+        most: most samples in a row.
+
+    Returns:
+        The rows in order of their first sample; within a row, samples in the order given.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for i in order:
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        if at == len(room):
+            left, row = capacity - lengths[i], len(rows)
+            rows.append([i])
+        else:
+            left, row = room.pop(at)
+            rows[row].append(i)
+            left -= lengths[i]
+        if left > 0 and (most is None or len(rows[row]) < most):
+            bisect.insort(room, (left, row))
+    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+
+def knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Positions of the samples of each row: the largest that fits again and again; of equal ones, the last first."""
+    by_length: dict[int, list[int]] = collections.defaultdict(list)
+    for i, length in enumerate(lengths):
+        by_length[length].append(i)
+    left = sorted(lengths)
+    rows: list[list[int]] = []
+    while left:
+        row: list[int] = []
+        room = capacity
+        while left:
+            at = bisect.bisect(left, room)
+            if at == 0:
+                break
+            length = left.pop(at - 1)
+            room -= length
+            row.append(by_length[length].pop())
+        if not row:
+            raise ValueError(f"a sample of {left[0]} tokens does not fit into {capacity}")
+        rows.append(row)
+    return rows

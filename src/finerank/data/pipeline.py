@@ -1,0 +1,198 @@
+"""Files to samples, in order and with every row accounted for, in one process or several.
+
+    for result in make_samples(files, maker, choose, receipt, workers=2): writer.add(result)
+
+Rows are read here, cut into chunks and sent to the workers; results come back in the order of the rows, whatever the
+number of workers, and only a few chunks are under way at a time, so that memory stays flat for files of any size.
+"""
+
+import collections
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finerank.data import readers
+from finerank.data.handlers import Handler, detect_handler, make_handler
+from finerank.data.receipt import DUPLICATE, FileReceipt, Receipt
+from finerank.data.rows import BadRow
+from finerank.data.samples import TOO_LONG, ChunkResult, Outcome, SampleMaker
+from finerank.data.types import IGNORE_INDEX
+from finerank.errors import DataError
+
+CHUNK_ROWS = 512
+CHUNK_CHARACTERS = 4 << 20
+"""A chunk ends earlier when its texts are long, so that huge cells do not pile up."""
+LOOK_AHEAD = 64
+"""How many rows may be looked at to tell a file's form."""
+
+Rows = list[tuple[int, "dict[str, Any] | BadRow"]]
+Task = tuple[int, Handler, Rows]
+
+_maker: SampleMaker | None = None
+
+
+def choose_handler(
+    name: str | None, *, map_keys: Mapping[str, Any] | None = None, mask_history: bool = False
+) -> Callable[[Path, Rows], Handler]:
+    """How a file's handler is found: by name, or from its first rows. The function raises ConfigError, DataError."""
+    named = make_handler(name, map_keys=map_keys, mask_history=mask_history) if name else None
+
+    def choose(path: Path, rows: Rows) -> Handler:
+        if named is not None:
+            return named
+        first = [row for _, row in rows if isinstance(row, dict)]
+        found = detect_handler(first, map_keys=map_keys, mask_history=mask_history)
+        if found is None:
+            columns = ", ".join(map(repr, first[0])) if first else "none"
+            raise DataError(
+                f"The rows of {path} have no known form (columns: {columns}); name one with --handler-name, and rename "
+                "columns with --map-keys."
+            )
+        return found
+
+    return choose
+
+
+def make_samples(
+    files: Sequence[Path],
+    maker: SampleMaker,
+    choose: Callable[[Path, Rows], Handler],
+    receipt: Receipt,
+    *,
+    workers: int = 1,
+    strict: bool = False,
+    deduplicate: bool = False,
+) -> Iterator[ChunkResult]:
+    """The samples of all files in order; `receipt` gains one entry for each file.
+
+    Args:
+        files: what to read.
+        maker: what makes samples of rows.
+        choose: gives the handler of a file from its first rows.
+        workers: processes; 1 works in this one.
+        strict: raise at the first row that cannot be used.
+        deduplicate: leave out rows equal to an earlier one, also of another file.
+
+    Raises:
+        DataError: a file cannot be read; with `strict` or overlong "error", a bad row.
+    """
+    receipt.files += [FileReceipt(str(path)) for path in files]
+    own = receipt.files[len(receipt.files) - len(files) :]
+    seen: set[bytes] = set()
+    tasks = _tasks(files, own, choose)
+    for index, result in _map(tasks, maker, workers):
+        yield _account(result, own[index], seen, maker, strict=strict, deduplicate=deduplicate)
+
+
+def _tasks(
+    files: Sequence[Path], receipts: Sequence[FileReceipt], choose: Callable[[Path, Rows], Handler]
+) -> Iterator[Task]:
+    for index, path in enumerate(files):
+        rows = readers.read_rows(path)
+        head: Rows = list(itertools.islice(rows, LOOK_AHEAD))
+        if not head:
+            continue
+        if all(isinstance(row, BadRow) for _, row in head):
+            handler = make_handler("alpaca")  # never asked: there is no row to convert
+        else:
+            handler = choose(path, head)
+            receipts[index].handler = handler.name
+        for chunk in _chunks(itertools.chain(head, rows)):
+            yield index, handler, chunk
+
+
+def _chunks(rows: Iterator[tuple[int, Any]]) -> Iterator[Rows]:
+    chunk: Rows = []
+    characters = 0
+    for number, row in rows:
+        chunk.append((number, row))
+        if isinstance(row, dict):
+            characters += sum(len(value) for value in row.values() if isinstance(value, str | list))
+        if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _map(tasks: Iterator[Task], maker: SampleMaker, workers: int) -> Iterator[tuple[int, ChunkResult]]:
+    """(file index, result) for each task, in order."""
+    if workers <= 1:
+        for index, handler, rows in tasks:
+            yield index, maker(handler, rows)
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    with context.Pool(workers, initializer=_start_worker, initargs=(maker,)) as pool:
+        under_way: collections.deque[tuple[int, Any]] = collections.deque()
+        for index, handler, rows in tasks:
+            under_way.append((index, pool.apply_async(_work, (handler, rows))))
+            while len(under_way) > 2 * workers + 1:
+                index_done, done = under_way.popleft()
+                yield index_done, done.get()
+        for index_done, done in under_way:
+            yield index_done, done.get()
+
+
+def _start_worker(maker: SampleMaker) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one process on one core
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    global _maker
+    _maker = maker
+
+
+def _work(handler: Handler, rows: Rows) -> ChunkResult:
+    assert _maker is not None
+    return _maker(handler, rows)
+
+
+def _account(
+    result: ChunkResult, file: FileReceipt, seen: set[bytes], maker: SampleMaker, *, strict: bool, deduplicate: bool
+) -> ChunkResult:
+    """Enter a chunk's outcomes into the receipt; returns what is left of it."""
+    kept: list[bool] = []
+    outcomes: list[Outcome] = []
+    for outcome in result.outcomes:
+        if outcome.reason is not None:
+            if strict or (outcome.reason == TOO_LONG and maker.rules.overlong == "error"):
+                raise DataError(f"{file.path} row {outcome.row}: {outcome.reason}; correct the row or leave it out.")
+            file.drop(outcome.row, outcome.reason)
+            outcomes.append(outcome)
+            continue
+        is_copy = outcome.digest in seen
+        seen.add(outcome.digest)
+        if is_copy:
+            file.duplicates.add(outcome.row)
+        if is_copy and deduplicate:
+            if strict:
+                raise DataError(f"{file.path} row {outcome.row}: {DUPLICATE}; leave it out.")
+            file.drop(outcome.row, DUPLICATE)
+            outcomes.append(Outcome(outcome.row, DUPLICATE))
+        else:
+            file.keep(outcome.row, truncated=outcome.truncated)
+            outcomes.append(outcome)
+        kept += [not (is_copy and deduplicate)] * outcome.num_samples
+    result = ChunkResult(outcomes, result.flat, result.lengths)
+    if not all(kept):
+        _select(result, np.array(kept, dtype=bool))
+    for ids, labels in _pairs(maker.fields):
+        trained = int((result.flat[labels] != IGNORE_INDEX).sum())
+        file.add_samples(result.lengths[ids], trained)
+    return result
+
+
+def _pairs(fields: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(fields[::2], fields[1::2], strict=True))
+
+
+def _select(result: ChunkResult, kept: np.ndarray) -> None:
+    for name, lengths in result.lengths.items():
+        result.flat[name] = result.flat[name][np.repeat(kept, lengths)]
+        result.lengths[name] = lengths[kept]

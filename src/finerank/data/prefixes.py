@@ -1,0 +1,164 @@
+"""Data sets from indexed prefixes, written by `finerank preprocess` or by MindSpeed-LLM's `preprocess_data.py`.
+
+    PREFIX_packed_input_ids_document.{bin,idx}, ..._labels_..., ..._attention_mask_...     instruction rows
+    PREFIX_text_document.{bin,idx}                                                        plain text, all trained
+    PREFIX_finerank.json                                                                  template, tokenizer, receipt
+
+Segments of neat-packed files (numbers in the attention mask) become samples of their own again; padding and whatever
+follows the last trained token of a sample is left out, since no loss depends on it.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finerank.data.indexed import IndexedFile, idx_path
+from finerank.data.receipt import FileReceipt, Receipt
+from finerank.data.samples import NOT_TRAINED
+from finerank.data.settings import DataSettings
+from finerank.data.templates import Template
+from finerank.data.tokens import Source, TokenDataset
+from finerank.data.types import IGNORE_INDEX
+from finerank.errors import ConfigError, DataError
+
+SIDECAR = "_finerank.json"
+
+
+def field_prefix(prefix: str | Path, name: str) -> Path:
+    """Where a field's pair of files is, without `.bin` or `.idx`."""
+    prefix = Path(prefix).expanduser()
+    return prefix.with_name(f"{prefix.name}_packed_{name}_document")
+
+
+def text_prefix(prefix: str | Path) -> Path:
+    """The same for plain text."""
+    prefix = Path(prefix).expanduser()
+    return prefix.with_name(f"{prefix.name}_text_document")
+
+
+def kind_of(path: str | Path) -> str | None:
+    """What lies under a prefix: "instruction", "pairwise" or "text"; None where no indexed files do."""
+    for kind, prefix in (
+        ("instruction", field_prefix(path, "input_ids")),
+        ("pairwise", field_prefix(path, "chosen_input_ids")),
+        ("text", text_prefix(path)),
+    ):
+        if idx_path(prefix).is_file():
+            return kind
+    return None
+
+
+def prefix_dataset(settings: DataSettings, prefix: str, template: Template, receipt: Receipt) -> TokenDataset:
+    """The samples under a prefix, cut to `settings.seq_length` when they are read. Raises DataError, ConfigError."""
+    kind = kind_of(prefix)
+    if kind == "pairwise":
+        raise DataError(f"{prefix} holds pairs of a chosen and a rejected answer; tune trains on single answers.")
+    _check_sidecar(settings, prefix, template, receipt)
+    if kind == "text":
+        ids = labels = IndexedFile(text_prefix(prefix))
+        mask = None
+    else:
+        ids = IndexedFile(field_prefix(prefix, "input_ids"))
+        labels = IndexedFile(field_prefix(prefix, "labels"))
+        mask_prefix = field_prefix(prefix, "attention_mask")
+        mask = IndexedFile(mask_prefix) if idx_path(mask_prefix).is_file() else None
+        for name, other in (("labels", labels), ("attention_mask", mask)):
+            if other is not None and not np.array_equal(other.lengths, ids.lengths):
+                raise DataError(f"{prefix}: input_ids and {name} have different lengths; preprocess the rows again.")
+    return _dataset(prefix, ids, labels, mask, settings.seq_length, receipt)
+
+
+def open_pair(prefix: Path, longest: int) -> TokenDataset:
+    """The samples of two indexed files that this program just wrote, nothing left out; digest left empty."""
+    ids, labels = IndexedFile(field_prefix(prefix, "input_ids")), IndexedFile(field_prefix(prefix, "labels"))
+    numbers = np.zeros(len(ids), np.int64)
+    return TokenDataset(
+        [Source(ids.values, labels.values)], numbers, ids.starts, labels.starts, ids.lengths, longest=longest
+    )
+
+
+def _dataset(
+    prefix: str, ids: IndexedFile, labels: IndexedFile, mask: IndexedFile | None, longest: int, receipt: Receipt
+) -> TokenDataset:
+    file = FileReceipt(str(prefix), handler="indexed")
+    receipt.files.append(file)
+    kept: list[tuple[int, int, int]] = []  # ids start, labels start, length
+    digest = hashlib.sha256()
+    for i, pieces in enumerate(_segments(ids, labels, mask)):
+        before = len(kept)
+        for start, length in pieces:
+            values, targets = ids[i][start : start + length], labels[i][start : start + length]
+            if len(values) and int(values.min()) < 0:
+                raise DataError(f"{prefix}: sample {i + 1} has a negative token id; preprocess the rows again.")
+            trained = np.flatnonzero(targets[1:] != IGNORE_INDEX)
+            if not len(trained):
+                continue
+            length = int(trained[-1]) + 2
+            digest.update(values[:length].astype("<i4").tobytes() + targets[:length].astype("<i4").tobytes() + b";")
+            kept.append((int(ids.starts[i]) + start, int(labels.starts[i]) + start, length))
+        if len(kept) > before:
+            file.keep(i + 1, truncated=any(length > longest for _, _, length in kept[before:]))
+        else:
+            file.drop(i + 1, NOT_TRAINED)
+    table = np.array(kept, np.int64).reshape(-1, 3)
+    data = TokenDataset(
+        [Source(ids.values, labels.values)],
+        np.zeros(len(table), np.int64),
+        table[:, 0],
+        table[:, 1],
+        table[:, 2],
+        longest=longest,
+        digest=hashlib.sha256(f"{digest.hexdigest()} {longest}".encode()).hexdigest(),
+    )
+    file.add_samples(data.lengths, int(data.trained_lengths.sum()))
+    return data
+
+
+def _segments(ids: IndexedFile, labels: IndexedFile, mask: IndexedFile | None) -> Iterator[list[tuple[int, int]]]:
+    """(start, length) of each segment of each sequence."""
+    for i in range(len(ids)):
+        length = int(ids.lengths[i])
+        if mask is None or not length or int(mask[i].max()) <= 1:
+            yield [(0, length)]
+            continue
+        numbers = np.asarray(mask[i])
+        edges = np.flatnonzero(np.diff(numbers)) + 1
+        bounds = [0, *edges.tolist(), length]
+        yield [(a, b - a) for a, b in itertools.pairwise(bounds) if numbers[a] != 0]
+
+
+def _check_sidecar(settings: DataSettings, prefix: str, template: Template, receipt: Receipt) -> None:
+    stored = read_sidecar(prefix)
+    if stored is None:
+        receipt.notes.append(f"{prefix} says nothing about its template; make sure that it is '{template.name}'")
+        return
+    if stored.get("template_digest") in (None, template.digest) or settings.template_anyway:
+        return
+    made = stored.get("template_settings") or {}
+    flag = f"--prompt-type {made['prompt_type']}" if made.get("prompt_type") else "--hf-chat-template"
+    thinking = made.get("enable_thinking", "none")
+    flag += f" --enable-thinking {thinking}" if thinking != "none" else ""
+    raise ConfigError(
+        f"The ids of {prefix} were made with template '{stored.get('template')}', and this run's template or tokenizer "
+        f"is another one ('{template.name}'); give {flag} and the same tokenizer, or --template-anyway."
+    )
+
+
+def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
+    """What `finerank preprocess` noted about a prefix; None for files of other programs. Raises DataError."""
+    prefix = Path(prefix).expanduser()
+    path = prefix.with_name(prefix.name + SIDECAR)
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); preprocess the rows again.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds no JSON object; preprocess the rows again.")
+    return values

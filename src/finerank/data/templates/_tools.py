@@ -1,0 +1,89 @@
+"""How tools and calls look as text.
+
+    default   a list of tools in the system text; a call is "Action: NAME" and "Action Input: JSON"
+    qwen      JSON signatures between <tools> tags; a call is JSON between <tool_call> tags
+
+Source: the tool formats of LLaMA-Factory, which MindSpeed-LLM shares.
+"""
+
+import json
+from typing import Any
+
+from finerank.data.rows import BadRow
+
+_DEFAULT = (
+    "You have access to the following tools:\n{tools}"
+    "Use the following format if using a tool:\n"
+    "```\n"
+    "Action: tool name (one of [{names}])\n"
+    "Action Input: the input to the tool, in a JSON format representing the kwargs "
+    '(e.g. ```{{"input": "hello world", "num_beams": 5}}```)\n'
+    "```\n"
+)
+_QWEN = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+)
+
+
+def tools_text(tool_format: str | None, tools: str, template: str) -> str:
+    """What the system text says about the tools of a row; empty when it has none. Raises BadRow."""
+    try:
+        listed = json.loads(tools)
+    except ValueError as error:
+        raise BadRow("tools are not JSON") from error
+    if not listed:
+        return ""
+    if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
+        raise BadRow("tools are not a list of objects")
+    functions = [t["function"] if isinstance(t.get("function"), dict) else t for t in listed]
+    if not all(isinstance(f.get("name"), str) for f in functions):
+        raise BadRow("a tool has no name")
+    if tool_format == "default":
+        described = "".join(_describe(f) for f in functions)
+        return _DEFAULT.format(tools=described, names=", ".join(f["name"] for f in functions))
+    if tool_format == "qwen":
+        signatures = [json.dumps({"type": "function", "function": f}, ensure_ascii=False) for f in functions]
+        return _QWEN.format(tools="".join("\n" + s for s in signatures))
+    raise BadRow(f"template '{template}' cannot describe tools")
+
+
+def _describe(function: dict[str, Any]) -> str:
+    parameters = function.get("parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    required = parameters.get("required") or []
+    lines = ""
+    properties = parameters.get("properties")
+    for name, value in (properties if isinstance(properties, dict) else {}).items():
+        value = value if isinstance(value, dict) else {}
+        must = ", required" if name in required else ""
+        enum = f", should be one of [{', '.join(map(str, value['enum']))}]" if value.get("enum") else ""
+        items = value.get("items")
+        of = f", where each item should be {items.get('type', '')}" if isinstance(items, dict) else ""
+        lines += f"  - {name} ({value.get('type', '')}{must}): {value.get('description', '')}{enum}{of}\n"
+    return (
+        f"> Tool Name: {function['name']}\nTool Description: {function.get('description', '')}\nTool Args:\n{lines}\n"
+    )
+
+
+def call_text(tool_format: str | None, content: str, template: str) -> str:
+    """The text of a call, made from JSON with name and arguments (one or a list of them). Raises BadRow."""
+    try:
+        calls = json.loads(content)
+    except ValueError as error:
+        raise BadRow("a function call is not JSON") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise BadRow("a function call has no name or no arguments")
+    texts = [(c["name"], json.dumps(c["arguments"], ensure_ascii=False)) for c in calls]
+    if tool_format == "default":
+        return "\n".join(f"Action: {name}\nAction Input: {arguments}" for name, arguments in texts)
+    if tool_format == "qwen":
+        return "\n".join(
+            f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>' for name, arguments in texts
+        )
+    raise BadRow(f"template '{template}' cannot show function calls")
