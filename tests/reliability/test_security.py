@@ -1,4 +1,4 @@
-"""What docs/security.md says of the source as a whole: no pickle written, none opened freely, no remote code by default."""
+"""What docs/security.md says of the source as a whole: no pickle opened freely, no remote code by default."""
 
 import ast
 from pathlib import Path
