@@ -41,20 +41,18 @@ def knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Positions of the samples of each row: the largest that fits again and again; of equal ones, the last first."""
     by_length: dict[int, list[int]] = collections.defaultdict(list)
     for i, length in enumerate(lengths):
+        assert length <= capacity, (length, capacity)
         by_length[length].append(i)
-    left = sorted(lengths)
+    left = sorted(by_length)
     rows: list[list[int]] = []
     while left:
         row: list[int] = []
         room = capacity
-        while left:
-            at = bisect.bisect(left, room)
-            if at == 0:
-                break
-            length = left.pop(at - 1)
+        while at := bisect.bisect(left, room):
+            length = left[at - 1]
             room -= length
             row.append(by_length[length].pop())
-        if not row:
-            raise ValueError(f"a sample of {left[0]} tokens does not fit into {capacity}")
+            if not by_length[length]:
+                left.pop(at - 1)
         rows.append(row)
     return rows

@@ -75,11 +75,7 @@ class HFTemplate(Template):
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
         try:
             return self.encoder.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self.options,
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
             )
         except Exception as error:  # the template is a program of the model's makers: it may fail in any way
             raise BadRow(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
@@ -89,7 +85,7 @@ class HFTemplate(Template):
 
         special = {k: v for k, v in self.encoder.tokenizer.special_tokens_map.items() if isinstance(v, str)}
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=self.source,
@@ -99,6 +95,7 @@ class HFTemplate(Template):
             )
         except Exception as error:
             raise BadRow(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
+        texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]]
 
     def _proved(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[Span]]:

@@ -117,9 +117,9 @@ class SlotTemplate(Template):
         for i in range(0, len(rest), 2):
             asked, answer = rest[i], rest[i + 1]
             source = self._source(asked, i // 2, system if i == 0 else "")
-            before, text = self._think(self._answer_text(answer))
-            target = self._fill(self._answer_slots(answer), text, i // 2)
-            turns.append(Turn(source + before, target, answer.trained))
+            unthought, thought, text = self._think(self._answer_text(answer))
+            target = thought + self._fill(self._answer_slots(answer), text, i // 2)
+            turns.append(Turn(source + unthought, target, answer.trained))
         return turns
 
     def one_turn(self, messages: Sequence[Message], answer: str | None) -> Turn:
@@ -136,8 +136,8 @@ class SlotTemplate(Template):
         if answer is None:
             empty = self.spec.reasoning and self.enable_thinking != "true"
             return Turn([*source, self._open + self._close] if empty else source, [])
-        before, text = self._think(answer)
-        return Turn(source + before, self._fill(self.spec.assistant, text, (len(rest) - 1) // 2))
+        unthought, thought, text = self._think(answer)
+        return Turn(source + unthought, thought + self._fill(self.spec.assistant, text, (len(rest) - 1) // 2))
 
     def _with_system(self, conversation: Conversation) -> list[Message]:
         """[system, user, answer, user, answer, ...]; the system text with the tools' description, perhaps empty."""
@@ -178,18 +178,21 @@ class SlotTemplate(Template):
     def _answer_slots(self, message: Message) -> tuple[Slot, ...]:
         return self.spec.function if message.role == "function" and self.spec.function else self.spec.assistant
 
-    def _think(self, text: str) -> tuple[list[Piece], str]:
-        """What goes to the end of the source, and the protected answer, by the thinking rule."""
+    def _think(self, text: str) -> tuple[list[Piece], list[Piece], str]:
+        """The thinking rule: an empty thought for the end of the source or the start of the target, and the answer.
+
+        An empty thought is a piece of its own, as MindSpeed-LLM encodes it.
+        """
         if not self.spec.reasoning:
-            return [], self.encoder.protect(text)
+            return [], [], self.encoder.protect(text)
         if self.enable_thinking == "false":
             text = self._without_thought(text)
         if self._open in text or self._close in text:
-            return [], self.encoder.protect(text)
-        empty = self._open + self._close
+            return [], [], self.encoder.protect(text)
+        empty: list[Piece] = [self._open + self._close]
         if self.enable_thinking == "true":
-            return [], empty + self.encoder.protect(text)
-        return [empty], self.encoder.protect(text)
+            return [], empty, self.encoder.protect(text)
+        return empty, [], self.encoder.protect(text)
 
     def _without_thought(self, text: str) -> str:
         return self._thought.sub("", text).lstrip("\n")
