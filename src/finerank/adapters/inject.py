@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.lu_lora import local_targets
 from finerank.adapters.settings import AdapterSettings
 from finerank.adapters.targets import (
     SHARED_INPUTS,
@@ -52,6 +53,8 @@ class AdapterSet:
             groups: Megatron names whose members share one lora_A, as they were asked for.
         """
         self.model, self.layers, self.config, self.groups = model, dict(layers), config, groups
+        self.lr_ratios: dict[Tensor, float] = {}
+        """Learning rate of a parameter over the run's, where it is not 1."""
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trained parameters with their names in the adapter file; a shared lora_A once, under its first layer."""
@@ -136,8 +139,8 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
         ConfigError: a rank, dropout or alpha out of range.
     """
     _check(settings)
-    targets = find_targets(model, settings.lora_target_modules)
-    ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern")
+    targets, local_ranks = local_targets(model, find_targets(model, settings.lora_target_modules), settings)
+    ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern") | local_ranks
     alphas = expand_patterns(settings.lora_alpha_pattern, targets, flag="--lora-alpha-pattern")
     modules = dict(model.named_modules())
     config = new_config(

@@ -13,12 +13,19 @@ Shapes: I in_features, O out_features, R rank.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from finerank.adapters.low_rank import Member, adapted_linear, weight_OI
 from finerank.errors import AdapterError
+
+
+class Local(Protocol):
+    """Runs a layer that learns without backpropagation; see `adapters.lu_lora`."""
+
+    def output(self, layer: "LoRALinear", x: Tensor) -> Tensor: ...
 
 
 class LoRALinear(nn.Module):
@@ -41,6 +48,7 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout = scale, dropout
         self.is_active = True
         self.shared_input: SharedInput | None = None
+        self.local: Local | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -71,6 +79,8 @@ class LoRALinear(nn.Module):
         """[..., I] -> [..., O]"""
         if not self.is_active:
             return self.base_layer(x)
+        if self.local is not None:
+            return self.local.output(self, x)
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
         return apply_lora([self], x)[0]

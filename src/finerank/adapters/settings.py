@@ -6,7 +6,27 @@ from finerank.config import setting
 
 
 @dataclass(kw_only=True)
-class AdapterSettings:
+class LocalSettings:
+    """LU-LoRA: the adapters of layers 0 to K learn by a local rule, without backpropagation."""
+
+    lu_lora_final_layer_index: int | None = setting(None, help="LU-LoRA: the last local layer K, counted from 0")
+    lu_lora_rule: str = setting(
+        "feedback",
+        choices=("feedback", "mindspeed", "oja", "frozen"),
+        help="LU-LoRA: how local layers learn; frozen gives them no adapter",
+    )
+    lu_lora_r: int | None = setting(None, help="LU-LoRA: rank of the local adapters; default: as the others")
+    lu_lora_lr: float | None = setting(
+        None, help="LU-LoRA: learning rate of lora_A; default 1.25e-6, or --lr under the feedback rule"
+    )
+    lu_lora_lr_ratio: float | None = setting(
+        None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 3 under the feedback rule"
+    )
+    lu_lora_freeze_after: int | None = setting(None, help="LU-LoRA: steps after which the local layers stop learning")
+
+
+@dataclass(kw_only=True)
+class AdapterSettings(LocalSettings):
     """LoRA: `y = W x + scale * B A x` with `scale = alpha / r` (rsLoRA: `alpha / sqrt(r)`)."""
 
     lora_target_modules: list[str] = setting(

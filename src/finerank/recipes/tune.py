@@ -58,6 +58,7 @@ class Settings(ModelSettings, DataSettings, AdapterSettings, TrainSettings):
 def run(settings: Settings) -> int:
     """Tune; see the module's docstring. Returns the exit status."""
     from finerank.adapters.files import adapter_files
+    from finerank.adapters.lu_lora import start_local_learning
     from finerank.data.dataset import load_splits
     from finerank.data.loader import BatchPlan
     from finerank.data.templates import load_template
@@ -85,6 +86,7 @@ def run(settings: Settings) -> int:
         held_out = _held_out(settings, splits, _pad_id(loaded))
         base_loss = evaluate_loss(loaded.model, held_out()) if held_out and settings.lora_load else None
         adapters = _make_adapters(loaded.model, settings)
+        local = start_local_learning(adapters, settings, lr=settings.lr, seed=settings.seed)
         # before any dropout: the head is chosen by comparing outputs, and a resumed run must choose the same
         verified_head(loaded.model)
         loop = TrainLoop(
@@ -96,6 +98,8 @@ def run(settings: Settings) -> int:
             origin=_origin(settings, loaded, template, splits),
             adapter_files=lambda: adapter_files(adapters, base_model_name=loaded.source.name),
             held_out=held_out,
+            lr_ratios=adapters.lr_ratios,
+            local=local,
         )
         _start_or_resume(loop, settings, folder, template)
         _announce(settings, loaded, adapters, plan, splits)
@@ -149,7 +153,8 @@ def _make_adapters(model: "PreTrainedModel", settings: Settings) -> "AdapterSet"
     if settings.lora_load is not None:
         for f in dataclasses.fields(AdapterSettings):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            if f.name != "lora_load" and getattr(settings, f.name) != default:
+            keeps = f.name.startswith("lu_lora") and f.name != "lu_lora_r"
+            if f.name != "lora_load" and not keeps and getattr(settings, f.name) != default:
                 _say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
         return load_adapter(model, Path(settings.lora_load), trainable=True)
     return inject_adapters(model, settings, seed=settings.seed)

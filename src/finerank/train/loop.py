@@ -60,6 +60,14 @@ class Trainable(Protocol):
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
+class LocalUpdate(Protocol):
+    """Parameters that learn without the optimizer; see `finerank.adapters.lu_lora.LocalLearning`."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def apply_local_update(self, *, lr_factor: float) -> None: ...
+
+
 def evaluation_steps(num_steps: int, interval: int | None) -> frozenset[int]:
     """Steps after which the held-out loss is taken: start, end, and every `interval`, or ten times between."""
     if interval is not None:
@@ -84,6 +92,8 @@ class TrainLoop:
         adapter_files: Callable[[], Mapping[str, bytes]],
         held_out: Callable[[], Iterable[Batch]] | None = None,
         loss_function: LossFunction = batch_loss_sum,
+        lr_ratios: Mapping[Tensor, float] | None = None,
+        local: LocalUpdate | None = None,
     ):
         """
         Args:
@@ -96,13 +106,16 @@ class TrainLoop:
             adapter_files: the adapter at this moment as files by name, for checkpoints.
             held_out: makes the held-out batches anew; None without held-out rows.
             loss_function: sum of the loss over a micro-batch's trained tokens.
+            lr_ratios: learning rate of a parameter over the run's, where it is not 1.
+            local: learns beside the optimizer, once a step; its parameters are among the adapters', without gradient.
         """
         self.model, self.plan, self.settings, self.folder, self.origin = model, plan, settings, folder, origin
         self.adapter_files, self.held_out, self.loss_function = adapter_files, held_out, loss_function
         self.named_parameters = dict(adapters.named_parameters())
-        self.parameters = list(self.named_parameters.values())
+        trained = {name: p for name, p in self.named_parameters.items() if p.requires_grad}
+        self.parameters, self.local = list(trained.values()), local
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(self.named_parameters.items(), settings)
+        self.optimizer = build_optimizer(trained.items(), settings, lr_ratios=lr_ratios)
         self.learning_rate = Schedule.of(settings, num_steps=plan.num_steps)
         self.eval_steps = evaluation_steps(plan.num_steps, settings.eval_interval)
         self.state = TrainState(pending={"step": 0})
@@ -193,6 +206,8 @@ class TrainLoop:
             raise DataError(f"No token is trained in step {state.step + 1} (rows {_listed(rows)}); correct those rows.")
         lr = self.learning_rate(state.step)
         self.model.train()
+        if self.local is not None:
+            self.local.begin_step(state.step)
         try:
             loss = self._accumulate(batches, trained_tokens)
             norm = clip_gradients(self.parameters, self.settings.clip_grad).item()
@@ -200,6 +215,8 @@ class TrainLoop:
             if is_finite:
                 set_learning_rate(self.optimizer, lr)
                 self.optimizer.step()
+                if self.local is not None:
+                    self.local.apply_local_update(lr_factor=lr / self.settings.lr if self.settings.lr else 0.0)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         if not is_finite:

@@ -16,13 +16,24 @@ from finerank.train.settings import OptimSettings
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW with one group for matrices (decayed) and one for the rest (not decayed)."""
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    settings: OptimSettings,
+    *,
+    lr_ratios: Mapping[Tensor, float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW with groups for matrices (decayed) and for the rest (not decayed).
+
+    `lr_ratios` gives the learning rate of some parameters over the run's; each ratio has its own groups.
+    """
     parameters = [p for _, p in named_parameters]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    ratio_of = {p: (lr_ratios or {}).get(p, 1.0) for p in parameters}
+    groups = []
+    for ratio in dict.fromkeys(ratio_of.values()):
+        mine = [p for p in parameters if ratio_of[p] == ratio]
+        matrices, rest = [p for p in mine if p.ndim >= 2], [p for p in mine if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay, "lr_ratio": ratio})
+        groups.append({"params": rest, "weight_decay": 0.0, "lr_ratio": ratio})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=settings.lr,
@@ -34,9 +45,9 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], settings: Op
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all parameter groups the learning rate of this step."""
+    """Give all parameter groups the learning rate of this step, each times its ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:

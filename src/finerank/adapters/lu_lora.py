@@ -1,0 +1,271 @@
+"""LU-LoRA: the adapters of the lower layers learn by a local rule, without backpropagation.
+
+    adapters = inject_adapters(model, settings, seed=1234)                     # --lu-lora-final-layer-index K
+    local = start_local_learning(adapters, settings, lr=2e-4, seed=1234)
+    local.begin_step(step); ...forward and backward of the micro-batches...; optimizer.step()
+    local.apply_local_update(lr_factor=1.0)
+
+Layers 0 to K are local. Their adapters run without a graph, so no activation is kept and no gradient flows below layer
+K + 1. `forward` only gathers what the rule needs; it never learns. A rule that asks for the error gets the gradient of
+the hidden state that leaves layer K, taken on the backward pass of each micro-batch. Evaluation gathers nothing.
+
+Rules are in `adapters/local_rules`. All that they learn is in the factors (fp32), so checkpoints need
+nothing else.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finerank import registry
+from finerank.adapters.local_rules._rule import LocalRule
+from finerank.adapters.lora import LoRALinear
+from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.settings import LocalSettings
+from finerank.adapters.targets import GROUPS, Target
+from finerank.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from finerank.adapters.inject import AdapterSet
+
+logger = logging.getLogger(__name__)
+
+_INTO_RESIDUAL = GROUPS["linear_proj"] + GROUPS["linear_fc2"]
+DEFAULT_LR = 1.25e-6
+"""Of `lora_A` under the Hebbian rules, as MindSpeed-LLM has it."""
+
+
+def local_targets(
+    model: nn.Module, targets: Sequence[Target], settings: LocalSettings
+) -> tuple[list[Target], dict[str, int]]:
+    """The targets that get an adapter, and the rank pattern of the local ones.
+
+    Under rules that reach only some linears (feedback, frozen) the others of the local layers are left out.
+
+    Raises:
+        ConfigError: settings that have no effect, or K leaves no layer above or names none.
+        AdapterError: the model's layers or targets do not allow local learning.
+    """
+    last = settings.lu_lora_final_layer_index
+    if last is None:
+        _refuse_without_effect(settings)
+        return list(targets), {}
+    layers = _decoder_layers(model, [t.name for t in targets])
+    _check_range(last, len(layers))
+    rule = _rule_class(settings)
+    kept = [t for t in targets if not _is_local(t.name, last) or _can_learn(model, t.name, settings)]
+    if not any(_layer_index(t.name) is not None and not _is_local(t.name, last) for t in kept):
+        raise AdapterError(
+            f"--lora-target-modules has no linear above layer {last}, so nothing would be backpropagated; add some."
+        )
+    local = [t for t in kept if _is_local(t.name, last)]
+    if not local and settings.lu_lora_rule != "frozen":
+        wanted = " or ".join(("o_proj", "down_proj")) if rule.only_into_residual else "a linear"
+        raise AdapterError(
+            f"--lora-target-modules has no linear of layers 0 to {last} that --lu-lora-rule {settings.lu_lora_rule} "
+            f"can teach; add {wanted}, or use --lu-lora-rule frozen."
+        )
+    if settings.lu_lora_r is None or not local:
+        return kept, {}
+    if settings.lu_lora_r < 1:
+        raise ConfigError(f"--lu-lora-r is {settings.lu_lora_r}; a rank must be at least 1, e.g. 64.")
+    return kept, {re.escape(t.name): settings.lu_lora_r for t in local}
+
+
+def _refuse_without_effect(settings: LocalSettings) -> None:
+    for name in ("lu_lora_lr", "lu_lora_lr_ratio", "lu_lora_r", "lu_lora_freeze_after", "lu_lora_rule"):
+        default = LocalSettings.__dataclass_fields__[name].default
+        if getattr(settings, name) != default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect without --lu-lora-final-layer-index; give that too."
+            )
+
+
+def _rule_class(settings: LocalSettings) -> type[LocalRule]:
+    return registry.load("finerank.adapters.local_rules", settings.lu_lora_rule, "local rule").RULE
+
+
+def _check_range(last: int, num_layers: int) -> None:
+    if num_layers < 2:
+        raise AdapterError("LU-LoRA needs a model of at least 2 layers; leave --lu-lora-final-layer-index away.")
+    if last == num_layers - 1:
+        raise ConfigError(
+            f"--lu-lora-final-layer-index {last} makes all {num_layers} layers local and leaves nothing to "
+            f"backpropagate; give 0 to {num_layers - 2}."
+        )
+    if not 0 <= last < num_layers:
+        raise ConfigError(
+            f"--lu-lora-final-layer-index {last} is no layer of this model of {num_layers} layers; give 0 to "
+            f"{num_layers - 2}."
+        )
+
+
+def _layer_index(name: str) -> int | None:
+    """`model.layers.3.mlp.up_proj` -> 3; None outside the decoder layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _is_local(name: str, last: int) -> bool:
+    index = _layer_index(name)
+    return index is not None and index <= last
+
+
+def _decoder_layers(model: nn.Module, names: Sequence[str]) -> nn.ModuleList:
+    """The list of decoder layers that the named linears are in."""
+    lists = {re.split(r"\.\d+\.", name)[0] for name in names if _layer_index(name) is not None}
+    found = [model.get_submodule(name) for name in lists]
+    if len(found) != 1 or not isinstance(found[0], nn.ModuleList):
+        raise AdapterError(
+            f"LU-LoRA needs one list of decoder layers, and the adapted linears are in {len(found)}; choose other "
+            "--lora-target-modules."
+        )
+    return found[0]
+
+
+def _can_learn(model: nn.Module, name: str, settings: LocalSettings) -> bool:
+    if settings.lu_lora_rule == "frozen":
+        return False
+    if not _rule_class(settings).only_into_residual:
+        return True
+    hidden_size = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    module = model.get_submodule(name)
+    base = module.base_layer if isinstance(module, LoRALinear) else module
+    return name.rpartition(".")[2] in _INTO_RESIDUAL and weight_OI(base).shape[0] == hidden_size
+
+
+class LocalLearning:
+    """The local layers of one model during a run."""
+
+    def __init__(
+        self, rule: LocalRule, parameters: set[nn.Parameter], *, lr_a: float, lr_b: float, freeze_after: int | None
+    ):
+        """
+        Args:
+            rule: over the local linears.
+            parameters: factors of all local layers.
+            lr_a: peak learning rate of `lora_A`, for rules that apply it themselves.
+            lr_b: the same of `lora_B`.
+            freeze_after: optimizer steps after which nothing local learns any more; None for never.
+        """
+        self.rule, self.parameters, self.freeze_after = rule, parameters, freeze_after
+        self.lr_a, self.lr_b = lr_a, lr_b
+        self.is_learning, self._saw_training = False, False
+
+    def begin_step(self, step: int) -> None:
+        """Forget what an interrupted step gathered. `step`: optimizer steps finished so far."""
+        self.is_learning = self.freeze_after is None or step < self.freeze_after
+        self._saw_training = False
+        self.rule.begin_step(step)
+
+    def apply_local_update(self, *, lr_factor: float) -> None:
+        """Learn from what the step's micro-batches gathered.
+
+        Args:
+            lr_factor: the schedule's share of the peak learning rate.
+
+        Raises:
+            AdapterError: the local layers were never run with gradients on, as under recomputation of all layers.
+        """
+        if self.is_learning and self.rule.layers:
+            if not self._saw_training:
+                raise AdapterError(
+                    "LU-LoRA: no local layer saw a training pass in this step, as when all layers are recomputed; turn "
+                    "recomputation off, or leave --lu-lora-final-layer-index away."
+                )
+            self.rule.update(lr_a=self.lr_a * lr_factor, lr_b=self.lr_b * lr_factor)
+
+    def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
+        """A local linear's output; in training it is also shown to the rule. Dropout is not applied."""
+        is_taught = self.is_learning and layer.training and torch.is_grad_enabled()
+        with torch.no_grad():
+            u = F.linear(x, (layer.lora_A * layer.scale).to(x.dtype))
+            if is_taught:
+                self._saw_training = True
+                self.rule.gather(layer, x, u)
+            y = F.linear(x, weight_OI(layer.base_layer), layer.bias)
+            y.flatten(0, -2).addmm_(u.flatten(0, -2), layer.lora_B.to(x.dtype).T)
+            return y
+
+    def at_boundary(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
+        """Forward hook of layer K: cut the graph, and ask for the error where the rule needs it."""
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+        # captured here, so that micro-batches whose backward passes come later and interleaved keep their own
+        signals = self.rule.take_signals()
+        if not signals:
+            return None
+        hidden = hidden.detach().requires_grad_(True)
+        hidden.register_hook(lambda error: self.rule.receive(error, signals))
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def start_local_learning(
+    adapters: "AdapterSet", settings: LocalSettings, *, lr: float, seed: int
+) -> LocalLearning | None:
+    """Make layers 0 to K of an adapted model local; None without `--lu-lora-final-layer-index`.
+
+    Args:
+        adapters: fresh or loaded; the local factors stop being backpropagated into.
+        settings: K, rule, learning rates.
+        lr: the run's peak learning rate.
+        seed: of a fresh `lora_B` under rules that cannot start from zero.
+
+    Raises:
+        ConfigError, AdapterError: as `local_targets`.
+    """
+    last = settings.lu_lora_final_layer_index
+    if last is None:
+        _refuse_without_effect(settings)
+        return None
+    decoder = _decoder_layers(adapters.model, list(adapters.layers))
+    _check_range(last, len(decoder))
+    _check_rates(settings)
+    local = {name: layer for name, layer in adapters.layers.items() if _is_local(name, last)}
+    taught = [layer for name, layer in local.items() if _can_learn(adapters.model, name, settings)]
+    rule = _rule_class(settings)(taught)
+    ratio = settings.lu_lora_lr_ratio if settings.lu_lora_lr_ratio is not None else rule.default_ratio
+    base = settings.lu_lora_lr if settings.lu_lora_lr is not None else lr if rule.learns_by_optimizer else DEFAULT_LR
+    parameters = {p for layer in local.values() for p in (layer.lora_A, layer.lora_B)}
+    learning = LocalLearning(rule, parameters, lr_a=base, lr_b=base * ratio, freeze_after=settings.lu_lora_freeze_after)
+    for name, layer in local.items():
+        layer.local = learning
+        layer.lora_A.requires_grad_(False)
+        layer.lora_B.requires_grad_(rule.learns_by_optimizer and layer in taught)
+        if rule.start_std and not layer.lora_B.any():
+            _start_B(layer.lora_B, f"{seed} {name} lora_B", std=rule.start_std)
+        if layer.dropout:
+            layer.dropout = 0.0
+            logger.warning("--lora-dropout does not apply to local layers: %s", name)
+    decoder[last].register_forward_hook(learning.at_boundary)
+    for layer in taught if rule.learns_by_optimizer else ():
+        adapters.lr_ratios[layer.lora_B] = learning.lr_b / lr if lr else 0.0
+    logger.info(
+        "LU-LoRA: layers 0 to %d of %d are local, %d linears learn by the %s rule",
+        last,
+        len(decoder),
+        len(taught),
+        settings.lu_lora_rule,
+    )
+    return learning
+
+
+def _check_rates(settings: LocalSettings) -> None:
+    for name in ("lu_lora_lr", "lu_lora_lr_ratio"):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {value}.")
+    if settings.lu_lora_freeze_after is not None and settings.lu_lora_freeze_after < 0:
+        raise ConfigError(f"--lu-lora-freeze-after must be at least 0, not {settings.lu_lora_freeze_after}.")
+
+
+@torch.no_grad()
+def _start_B(lora_B: nn.Parameter, key: str, *, std: float) -> None:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+    lora_B.copy_(torch.randn(lora_B.shape, generator=generator).mul_(std))
