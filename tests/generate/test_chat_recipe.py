@@ -103,14 +103,19 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
     os.close(theirs)
     seen = ""
 
-    def wait_for(text, after=0):
+    def wait_for(text, after=0, every_second=lambda: None):
         nonlocal seen
         deadline = time.monotonic() + 60
         while text not in seen[after:]:
             assert time.monotonic() < deadline, seen[-2000:]
-            if select.select([ours], [], [], 0.5)[0]:
+            if select.select([ours], [], [], 1)[0]:
                 seen += os.read(ours, 65536).decode(errors="replace")
+            else:
+                every_second()
         return len(seen)
+
+    def press_ctrl_c():
+        os.kill(process.pid, signal.SIGINT)
 
     try:
         place = wait_for("> ")
@@ -122,11 +127,11 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
             assert time.monotonic() < deadline, seen
             if select.select([ours], [], [], 0.5)[0]:
                 seen += os.read(ours, 65536).decode(errors="replace")
-        os.kill(process.pid, signal.SIGINT)
+        press_ctrl_c()
         place = wait_for("(stopped)", place)
         wait_for("> ", place - 20)
-        os.kill(process.pid, signal.SIGINT)
-        wait_for("Ctrl-D or /quit leaves", place)
+        # a signal between the prompt and the read is only noticed with the next key or signal: so once more
+        wait_for("Ctrl-D or /quit leaves", place, every_second=press_ctrl_c)
         os.write(ours, b"\x04")
         assert process.wait(timeout=30) == 0
         assert "Traceback" not in seen

@@ -13,6 +13,7 @@ from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
 from finerank.data.settings import TemplateSettings
 from finerank.data.templates import load_template
+from finerank.generate.engine import Generator
 from finerank.generate.load import load_generator
 from finerank.generate.settings import GeneratorSettings, SamplingSettings
 from finerank.models.load import load_tokenizer
@@ -118,6 +119,25 @@ def test_a_file_of_prompts_gives_a_file_of_answers(base, tmp_path, capsys):
     text.write_text("Hi\n\n你好\n", encoding="utf-8")
     printed = answer_of(capsys, "--load", base, "--input", text)
     assert [json.loads(line)["answer"] for line in printed.splitlines()] == [a["answer"] for a in answers[::2]]
+
+
+def test_ctrl_c_keeps_the_answers_that_are_done(base, tmp_path, capsys, monkeypatch):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("Hi\nYou\nMoon\n")
+    whole = answer_of(capsys, "--load", base, "--input", prompts)
+    real, calls = Generator.answer_all, []
+
+    def interrupted_at_the_third(self, *args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Generator, "answer_all", interrupted_at_the_third)
+    flags = ["--load", str(base), "--input", str(prompts), "--output", str(out), "--batch-size", "1"]
+    assert generate(*flags) == 130
+    assert f"the first 2 of 3 answers are done in {out}" in capsys.readouterr().err
+    assert out.read_text().splitlines() == whole.splitlines()[:2]
 
 
 def test_the_default_model_answers_sensibly(smollm2, capsys):

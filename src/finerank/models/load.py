@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from finerank.errors import ConfigError, FinerankError, ModelError
+from finerank.errors import ConfigError, ModelError
 from finerank.models.device import pick_device, pick_dtype
 from finerank.models.find import (
     TOKENIZER_FILES,
@@ -112,18 +112,15 @@ def _read_tokenizer(folder: Path, name: str, settings: ModelSettings) -> PreTrai
         raise ModelError(f"There is no tokenizer with {name}; name one with --tokenizer-name-or-path FOLDER.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except _LIBRARY_ERRORS as error:
+    except Exception as error:
         raise ModelError(f"Cannot load the tokenizer of {name}: {_sentence(error)}; restore its files.") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-# What transformers, safetensors and tokenizers raise for damaged files; the latter two have classes of plain Exception.
-_LIBRARY_ERRORS = (Exception,)
-
-
-def _sentence(error: BaseException) -> str:
+def _sentence(error: Exception) -> str:
+    """What a library said, in a line. For damaged files they raise anything, tokenizers even plain Exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].rstrip(".")
 
@@ -148,7 +145,7 @@ def _read_config(folder: Path, name: str, settings: ModelSettings) -> Any:
         raise ModelError(f"{name} is of type '{kind}', which transformers does not know; update transformers.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except _LIBRARY_ERRORS as error:
+    except Exception as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {_sentence(error)}; correct it.") from error
     remote = settings.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
@@ -167,9 +164,7 @@ def _read_weights(folder: Path, name: str, config: Any, dtype: torch.dtype, sett
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name and shape
             )
-    except FinerankError:
-        raise
-    except _LIBRARY_ERRORS as error:
+    except Exception as error:
         raise ModelError(f"Cannot load the weights of {name}: {_sentence(error)}; restore the folder.") from error
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
