@@ -77,11 +77,11 @@ class Signals:
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None:
             if number == signal.SIGINT:
-                self._leave("stopped at once; resume from the newest checkpoint with --resume auto")
+                self._leave("stopped at once; go on from the newest whole checkpoint with --resume auto")
             return
         self.stop_signal = signal.Signals(number)
         self._timer = threading.Timer(
-            self.grace_seconds, self._leave, ["the grace time is over; resume from the newest checkpoint"]
+            self.grace_seconds, self._leave, ["the grace time is over; go on from the newest whole checkpoint with --resume auto"]
         )
         self._timer.daemon = True
         self._timer.start()
