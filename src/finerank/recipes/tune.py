@@ -79,9 +79,10 @@ def run(settings: Settings) -> int:
         loaded = load_model(settings, seed=settings.seed)
         if settings.deterministic:
             use_deterministic_kernels(loaded.model.device)
-        use_packed_attention(loaded.model)
+        if settings.pack:
+            use_packed_attention(loaded.model)
         template = load_template(settings, loaded.tokenizer)
-        splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed, output_dir=folder)
+        splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed)
         plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
         held_out = _held_out(settings, splits, _pad_id(loaded))
         base_loss = evaluate_loss(loaded.model, held_out()) if held_out and settings.lora_load else None
@@ -101,11 +102,12 @@ def run(settings: Settings) -> int:
             lr_ratios=adapters.lr_ratios,
             local=local,
         )
-        _start_or_resume(loop, settings, folder, template)
+        _start_or_resume(loop, settings, folder, template, splits)
         _announce(settings, loaded, adapters, plan, splits)
         state = loop.run()
         if settings.final_adapter == "best":
             loop.load_best()
+            state = dataclasses.replace(state, last_eval_loss=state.best_eval_loss)
         _leave(
             settings,
             folder,
@@ -185,7 +187,9 @@ def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", spl
     return origin_of(config.to_dict(settings), digests=digests, environment=environment)
 
 
-def _start_or_resume(loop: "TrainLoop", settings: Settings, folder: Path, template: "Template") -> None:
+def _start_or_resume(
+    loop: "TrainLoop", settings: Settings, folder: Path, template: "Template", splits: "Splits"
+) -> None:
     """Restore what `--resume` names, or clear the place; then write down what this run is."""
     from finerank.files import remove_leftovers
     from finerank.train import resume, run_folder
@@ -199,6 +203,7 @@ def _start_or_resume(loop: "TrainLoop", settings: Settings, folder: Path, templa
     else:
         run_folder.clear(folder)
     run_folder.write_config(folder, settings)
+    run_folder.write_json(folder / "receipt.json", splits.receipt)
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TemplateSettings)}
     run_folder.write_json(
         folder / "template.json", {"name": template.name, "digest": template.digest, "settings": kept}
@@ -265,7 +270,8 @@ def _replay(settings: Settings, path: Path) -> int:
 
     replay = read_replay(path)
     loaded = load_model(settings, seed=settings.seed)
-    use_packed_attention(loaded.model)
+    if any(batch.cu_seqlens is not None for batch in replay.batches):
+        use_packed_attention(loaded.model)
     adapters = _make_adapters(loaded.model, settings)
     load_parameters(dict(adapters.named_parameters()), replay.parameters)
     loaded.model.train()
