@@ -11,11 +11,9 @@ Settings of several parts are joined by inheritance, so the namespace stays flat
 `--dry-run` to every verb. Unknown keys and flags are refused with the nearest name.
 """
 
-import argparse
 import dataclasses
 import json
-import sys
-import types
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field
@@ -25,6 +23,7 @@ from typing import Any, TypeVar
 import yaml
 
 from finerank.errors import ConfigError, unknown_name
+from finerank.flags import BOOL_WORDS, flag_name, inner_type, read_flags, split_items
 
 T = TypeVar("T")
 
@@ -36,6 +35,7 @@ def setting(
     flags: Sequence[str] = (),
     choices: Sequence[str] | None = None,
     positional: bool = False,
+    split: bool = True,
 ) -> Any:
     """A dataclass field with what the command line needs.
 
@@ -45,8 +45,9 @@ def setting(
         flags: further flag names for the same setting, as other programs spell it, e.g. `("--learning-rate",)`.
         choices: the allowed values of a string setting.
         positional: taken without a flag name (at most one a verb).
+        split: a list on the command line may be written `a,b`; False where the items are free text.
     """
-    metadata = {"help": help, "flags": tuple(flags), "choices": choices, "positional": positional}
+    metadata = {"help": help, "flags": tuple(flags), "choices": choices, "positional": positional, "split": split}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,15 +71,7 @@ def parse(settings_class: type[T], argv: Sequence[str], *, verb: str, help: str 
         ConfigError: an unknown flag or key (with the nearest name), a value of the wrong type, a missing setting.
         SystemExit: `--help` was asked for.
     """
-    argv = _spell_flags(argv)
-    argv = _drop_ignored(argv, getattr(settings_class, "IGNORED_FLAGS", ()), verb)
-    parser = _parser(settings_class, verb, help)
-    namespace, unknown = parser.parse_known_args(_settle_switches(argv, parser))
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        kind = "flag" if unknown[0].startswith("-") else "argument"
-        raise ConfigError(unknown_name(f"{kind} of finerank {verb}", unknown[0].split("=")[0], known))
-    values = vars(namespace)
+    values = read_flags(settings_class, argv, verb=verb, help=help)
     dry_run = values.pop("dry_run", False)
     config = values.pop("config", None)
     merged = read_yaml(config, settings_class) if config else {}
@@ -95,7 +88,7 @@ def build(settings_class: type[T], values: dict[str, Any]) -> T:
             raise ConfigError(unknown_name("setting", name, fields))
     converted = {name: _convert(name, value, hints[name], fields[name]) for name, value in values.items()}
     missing = [
-        _flag(name)
+        flag_name(name)
         for name, field in fields.items()
         if name not in converted and field.default is MISSING and field.default_factory is MISSING
     ]
@@ -113,8 +106,8 @@ def read_yaml(path: str | Path, settings_class: type) -> dict[str, Any]:
             f"Cannot read the settings file {path}: {error}. Give an existing UTF-8 YAML file."
         ) from error
     try:
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loaded = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from error
     if loaded is None:
         return {}
@@ -132,6 +125,18 @@ def read_yaml(path: str | Path, settings_class: type) -> dict[str, Any]:
             raise ConfigError(f"{path}: the setting {name} is given twice; keep one.")
         values[name] = value
     return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML readers silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -154,153 +159,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _spell_flags(argv: Sequence[str]) -> list[str]:
-    """`--lora_r=8` -> `--lora-r=8`: flags may be written with underscores, as alpaca-lora does. Values stay."""
-    spelled = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = name.replace("_", "-") + equals + value
-        spelled.append(word)
-    return spelled
-
-
-def _settle_switches(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """`--greedy TEXT` -> `--greedy= TEXT`: a switch takes the next word only when that is true, false or the like."""
-    switches = {flag for action in parser._actions if isinstance(action, _OnOff) for flag in action.option_strings}
-    settled = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        alone = word in switches and not _is_bool_word(following)
-        settled.append(f"{word}=" if alone else word)
-    return settled
-
-
-def _is_bool_word(word: str) -> bool:
-    try:
-        _to_bool(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _drop_ignored(argv: list[str], ignored: Sequence[str], verb: str) -> list[str]:
-    kept: list[str] = []
-    skipping = False
-    for word in argv:
-        if word.startswith("--"):
-            skipping = word.split("=")[0] in ignored
-            if skipping:
-                print(
-                    f"warning: {word.split('=')[0]} changes nothing in finerank {verb} and is ignored", file=sys.stderr
-                )
-        if not skipping:
-            kept.append(word)
-    return kept
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ConfigError, so that the program has one way to fail."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(f"finerank {self.prog.split()[-1]}: {message}. See finerank {self.prog.split()[-1]} --help.")
-
-
-class _OnOff(argparse.Action):
-    """`--pack`, `--no-pack`, `--pack true`, `--pack False`. An alias may itself begin with `--no-` and mean true."""
-
-    negative: typing.ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        negative = option_string in self.negative
-        if negative and values:
-            parser.error(f"{option_string} takes no value")
-        setattr(namespace, self.dest, values or not negative)
-
-
-def _parser(settings_class: type, verb: str, help: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=f"finerank {verb}",
-        description=help,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings file; flags win over it")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the resolved settings, touch no file")
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        _add_argument(parser, field, hints[field.name])
-    return parser
-
-
-def _add_argument(parser: argparse.ArgumentParser, field: Field, hint: Any) -> None:
-    inner = _inner(hint)
-    options: dict[str, Any] = {"help": _help(field).replace("%", "%%")}
-    if field.metadata.get("positional"):
-        nargs = "*" if typing.get_origin(inner) is list else "?"
-        parser.add_argument(field.name, nargs=nargs, **options)
-        return
-    flags = [_flag(field.name), *field.metadata.get("flags", ())]
-    options["dest"] = field.name
-    if inner is bool:
-        negative = [f"--no-{flag[2:]}" for flag in flags if not flag.startswith("--no-")]
-        action = parser.add_argument(*flags, *negative, action=_OnOff, nargs="?", metavar="true|false", **options)
-        action.negative = frozenset(negative)  # type: ignore[attr-defined]
-        return
-    if typing.get_origin(inner) in (list, dict):
-        options["nargs"] = "+"
-    options["metavar"] = field.name.split("_")[-1].upper()
-    parser.add_argument(*flags, **options)
-
-
-def _help(field: Field) -> str:
-    text = field.metadata.get("help", "")
-    if choices := field.metadata.get("choices"):
-        text += f" ({', '.join(choices)})"
-    if field.default is not MISSING and field.default is not None:
-        text += f" [{field.default}]"
-    elif field.default_factory is not MISSING and (made := field.default_factory()):
-        text += f" [{' '.join(map(str, made))}]"
-    return text
-
-
-def _inner(hint: Any) -> Any:
-    """`X | None` -> `X`."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(a for a in typing.get_args(hint) if a is not type(None))
-    return hint
-
-
 def _convert(name: str, value: Any, hint: Any, field: Field) -> Any:
     optional = type(None) in typing.get_args(hint)
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
         if optional:
             return None
-        raise ConfigError(f"{_flag(name)} needs a value.")
-    inner = _inner(hint)
+        raise ConfigError(f"{flag_name(name)} needs a value.")
+    inner = inner_type(hint)
     origin = typing.get_origin(inner)
     if origin is list:
         item = typing.get_args(inner)[0]
-        return [_scalar(name, v, item, field) for v in _items(value)]
+        items = (
+            value
+            if isinstance(value, list | tuple)
+            else split_items([value])
+            if field.metadata.get("split", True)
+            else [value]
+        )
+        return [_scalar(name, v, item, field) for v in items]
     if origin is dict:
         return _pairs(name, value, typing.get_args(inner)[1], field)
     return _scalar(name, value, inner, field)
-
-
-def _items(value: Any) -> list[Any]:
-    """A list from YAML, from `a b`, from `a,b`, or from the `[a, b]` that fire-style programs take."""
-    words = value if isinstance(value, list | tuple) else [value]
-    items: list[Any] = []
-    for word in words:
-        if isinstance(word, str) and not Path(word).exists():  # a file's name may hold a comma
-            items += [part.strip(" '\"") for part in word.strip("[] ").split(",") if part.strip(" '\"")]
-        else:
-            items.append(word)
-    return items
 
 
 def _pairs(name: str, value: Any, kind: Any, field: Field) -> dict[str, Any]:
@@ -311,12 +190,12 @@ def _pairs(name: str, value: Any, kind: Any, field: Field) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{_flag(name)}: {value!r} is not JSON ({error}).") from error
+            raise ConfigError(f"{flag_name(name)}: {value!r} is not JSON ({error}).") from error
     if not isinstance(value, dict):
-        words = _items(value)
+        words = split_items(value if isinstance(value, list | tuple) else [value])
         broken = [w for w in words if "=" not in str(w)]
         if broken:
-            raise ConfigError(f"{_flag(name)}: write key=value, not {broken[0]!r}.")
+            raise ConfigError(f"{flag_name(name)}: write key=value, not {broken[0]!r}.")
         value = dict(str(w).split("=", 1) for w in words)
     if kind is Any:
         return {str(k): v for k, v in value.items()}
@@ -324,31 +203,35 @@ def _pairs(name: str, value: Any, kind: Any, field: Field) -> dict[str, Any]:
 
 
 def _scalar(name: str, value: Any, kind: Any, field: Field) -> Any:
-    if isinstance(value, list | dict):
-        raise ConfigError(f"{_flag(name)} takes one value, not {value!r}.")
+    if isinstance(value, list | dict | tuple | set) or value is None:
+        raise ConfigError(f"{flag_name(name)}: {value!r} is not one value; write one.")
+    choices = field.metadata.get("choices")
+    if kind is str and isinstance(value, bool):  # YAML reads yes, no, on, off and true as booleans
+        value = str(value).lower()
+        if not choices or value not in choices:
+            raise ConfigError(f"{flag_name(name)} needs text, not {value}; write it in quotes.")
     try:
         converted = (
             _to_bool(value) if kind is bool else _to_number(value, kind) if kind in (int, float) else kind(value)
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         words = {int: "a whole number", float: "a number", bool: "true or false"}
-        raise ConfigError(f"{_flag(name)} needs {words.get(kind, kind.__name__)}, not {value!r}.") from error
-    choices = field.metadata.get("choices")
+        raise ConfigError(f"{flag_name(name)} needs {words.get(kind, kind.__name__)}, not {value!r}.") from error
     if choices and converted not in choices:
-        raise ConfigError(f"{_flag(name)}: {unknown_name('choice', str(converted), choices)}")
+        raise ConfigError(f"{flag_name(name)}: {unknown_name('choice', str(converted), choices)}")
     return converted
 
 
 def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if str(value).lower() not in words:
+    if str(value).lower() not in BOOL_WORDS:
         raise ValueError(value)
-    return words[str(value).lower()]
+    return BOOL_WORDS[str(value).lower()]
 
 
 def _to_number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
         raise ValueError(value)
-    return kind(value)
+    converted = kind(value)
+    if math.isnan(converted):
+        raise ValueError(value)
+    return converted

@@ -17,7 +17,7 @@ class SamplingSettings:
     top_p: float = setting(0.95, help="choose among the likeliest tokens that together reach this probability")
     top_k: int = setting(50, help="choose among this many likeliest tokens; 0 for all")
     greedy: bool = setting(False, help="always take the likeliest token, the same as --temperature 0")
-    stop: list[str] = setting([], help="texts that end the answer; they are not part of it")
+    stop: list[str] = setting([], split=False, help="texts that end the answer; they are not part of it")
     seed: int = setting(1234, help="seed of the choices; the same seed and prompt give the same answer")
 
     def __post_init__(self) -> None:
