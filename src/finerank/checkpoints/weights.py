@@ -123,7 +123,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal shape, dtype and bits; unlike `torch.equal`, NaN equals itself and 0 differs from -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) if a.numel() else True
 
 
 @dataclass
