@@ -1,0 +1,79 @@
+"""Contestant: PEFT's LoRA under transformers' Trainer."""
+
+import contextlib
+import tempfile
+from typing import Any
+
+from protocol import Contestant, Stopped, held_out_loss, load_rows, parse
+
+
+def main() -> None:
+    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8)
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import Dataset, SequentialSampler
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from finerank.models.load import load_model
+    from finerank.models.settings import ModelSettings
+
+    loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype))
+    train, held_out, plan = load_rows(task, loaded.tokenizer)
+    config = LoraConfig(
+        r=task.rank, lora_alpha=2 * task.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(task.seed)
+    model = get_peft_model(loaded.model, config)
+    contestant = Contestant()
+
+    order = [row for step in range(task.num_steps) for row in plan.rows(step)]
+
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return len(order)
+
+        def __getitem__(self, i: int) -> dict[str, list[int]]:
+            row = order[i]
+            return {"input_ids": train.ids(row).tolist(), "labels": train.labels(row).tolist()}
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            contestant.wait_for_step()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            contestant.step_done()
+
+    class OrderedTrainer(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = OrderedTrainer(
+            model=model,
+            args=TrainingArguments(
+                folder,
+                per_device_train_batch_size=own.micro_batch,
+                gradient_accumulation_steps=task.global_batch_size // own.micro_batch,
+                max_steps=task.num_steps,
+                learning_rate=task.lr,
+                lr_scheduler_type="constant",
+                weight_decay=0.0,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+                seed=task.seed,
+            ),
+            train_dataset=Rows(),
+            data_collator=DataCollatorForSeq2Seq(loaded.tokenizer, pad_to_multiple_of=8, label_pad_token_id=-100),
+            callbacks=[Steps()],
+        )
+        contestant.ready()
+        with contextlib.suppress(Stopped):
+            trainer.train()
+    contestant.end(held_out_loss=held_out_loss(model, held_out))
+
+
+if __name__ == "__main__":
+    main()
