@@ -7,6 +7,7 @@ function `run(settings)`. Nothing heavy is imported before the flags are checked
 import ast
 import contextlib
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -23,8 +24,11 @@ RECIPES = "finerank.recipes"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors of the user are one sentence on stderr, ours keep a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _print_any_text()
     try:
-        return _dispatch(argv)
+        status = _dispatch(argv)
+        sys.stdout.flush()  # here, so that a reader that went away is noticed here
+        return status
     except FinerankError as error:
         print(f"finerank: {error}", file=sys.stderr)
         return error.exit_code
@@ -32,11 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("finerank: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        # what is still buffered has nowhere to go; without this Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None or os.environ.get("FINERANK_TRACEBACK"):
+            raise
+        reason = (error.strerror or type(error).__name__).lower()
+        print(f"finerank: {error.filename}: {reason}; check the path, its permissions and the disk", file=sys.stderr)
+        return 5
     except MemoryError:
         traceback.print_exc()
         print("finerank: out of memory; lower --micro-batch-tokens or --seq-length", file=sys.stderr)
         return 3
+
+
+def _print_any_text() -> None:
+    """Let a terminal that is not UTF-8 show what it can instead of failing on a Chinese answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(argv: list[str]) -> int:

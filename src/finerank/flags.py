@@ -93,6 +93,18 @@ def _drop_ignored(argv: list[str], ignored: Sequence[str], verb: str) -> list[st
     return kept
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Each spelling of a flag once, the value once: `--lr, --learning-rate LR`; of a switch its two sides."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or isinstance(action, argparse._HelpAction):
+            return super()._format_action_invocation(action)
+        if isinstance(action, _OnOff):
+            return ", ".join(flag for flag in action.option_strings if flag not in action.negative) + " | --no-..."
+        value = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
+        return ", ".join(action.option_strings) + value
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ConfigError, so that the program has one way to fail."""
 
@@ -147,7 +159,7 @@ def _parser(settings_class: type, verb: str, help: str) -> argparse.ArgumentPars
         description=help,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings file; flags win over it")
     parser.add_argument("--dry-run", action="store_true", help="check, print the resolved settings, touch no file")
