@@ -5,12 +5,16 @@ repeated, and (for JSON and YAML) arbitrary values in its place. The default run
 each.
 """
 
+import gzip
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -22,6 +26,8 @@ from finerank.adapters.files import load_adapter, read_adapter_config, save_adap
 from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints import native
+from finerank.data.indexed import IndexedFile, IndexedWriter
+from finerank.data.readers import read_rows
 from finerank.data.types import Batch
 from finerank.errors import FinerankError
 from finerank.recipes.tune import Settings
@@ -68,7 +74,51 @@ def read_state(path: Path) -> object:
     return native.read_checkpoint(folder)
 
 
+def make_rows(name: str) -> Callable[[Path], None]:
+    """A file of rows in the format of its ending."""
+
+    def make(folder: Path) -> None:
+        rows = [{"instruction": f"say {i}", "output": "é" * i} for i in range(3)]
+        path, table = folder / name, pa.Table.from_pylist(rows)
+        match path.suffix:
+            case ".jsonl":
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            case ".json":
+                path.write_text(json.dumps(rows))
+            case ".csv":
+                path.write_text("instruction,output\n" + "".join(f'say {i},"a ""b"""\n' for i in range(3)))
+            case ".parquet":
+                pyarrow.parquet.write_table(table, path)
+            case ".arrow":
+                with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table)
+            case ".gz":
+                path.write_bytes(gzip.compress(b'{"instruction": "say", "output": "a"}\n', mtime=0))
+            case _:
+                path.write_text("one\ntwo\n")
+
+    return make
+
+
+def make_indexed(folder: Path) -> None:
+    with IndexedWriter(folder / "pair") as writer:
+        writer.add(np.arange(10), np.array([4, 6]))
+
+
+def read_indexed(path: Path) -> object:
+    file = IndexedFile(path.with_suffix(""))
+    return [file.values[s : s + n].sum() for s, n in zip(file.starts, file.lengths, strict=True)]
+
+
+ROW_FILES = ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow", "rows.txt", "rows.jsonl.gz")
+
 PARSERS = {
+    **{name: Parser(name, lambda p: list(read_rows(p)), make_rows(name)) for name in ROW_FILES},
+    "idx": Parser("pair.idx", read_indexed, make_indexed),
+    "bin": Parser("pair.bin", read_indexed, make_indexed),
+    "adapter with its config": Parser(
+        "adapter_config.json", lambda p: load_adapter(tiny_model("llama"), p.parent), make_adapter, "json"
+    ),
     "config": Parser(
         "config.yaml", read_config, lambda f: (f / "config.yaml").write_text(config.to_yaml(Settings())), "yaml"
     ),
