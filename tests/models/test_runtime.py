@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from finerank.errors import ConfigError
 from finerank.models import runtime
 
 PROGRAM = """
@@ -97,3 +98,16 @@ def test_a_containers_quota_counts(tmp_path, files, cpus, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert runtime.usable_cpus(tmp_path) == (64 if cpus is None else cpus)
+
+
+def test_threads_below_one_are_refused():
+    with pytest.raises(ConfigError, match="--threads is 0"):
+        runtime.set_threads(0)
+    runtime.tune_runtime(num_threads=0)
+
+
+def test_threads_are_used(start):
+    program = (
+        "from finerank.models.runtime import set_threads\nset_threads(1)\nimport torch; print(torch.get_num_threads())"
+    )
+    assert start(program=program).stdout.strip() == "1"

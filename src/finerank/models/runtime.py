@@ -18,6 +18,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from finerank.errors import ConfigError
+
 MARK = "FINERANK_RUNTIME_TUNED"
 """Set in the process that was started anew, so that it happens once."""
 
@@ -35,6 +37,8 @@ def tune_runtime(*, num_threads: int | None = None) -> None:
     Args:
         num_threads: CPU threads; default: as many as the process may use, counted with a container's quota.
     """
+    if num_threads is not None and num_threads < 1:
+        return  # `set_threads` says so
     environment = dict(os.environ)
     changes = wanted_environment(environment, num_threads=num_threads)
     if not changes or not _can_start_anew():
@@ -42,6 +46,17 @@ def tune_runtime(*, num_threads: int | None = None) -> None:
     print(f"runtime: {describe(changes)} (--no-tune-runtime leaves things alone)", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, **changes, MARK: "1"})
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Use so many CPU threads in this process; None leaves torch's choice. Raises ConfigError below 1."""
+    if num_threads is None:
+        return
+    if num_threads < 1:
+        raise ConfigError(f"--threads is {num_threads}; give at least 1, or leave it out for all that may be used.")
+    import torch
+
+    torch.set_num_threads(num_threads)
 
 
 def wanted_environment(environment: Mapping[str, str], *, num_threads: int | None = None) -> dict[str, str]:

@@ -57,6 +57,11 @@ class Settings(ModelSettings, DataSettings, AdapterSettings, TrainSettings):
 
 def run(settings: Settings) -> int:
     """Tune; see the module's docstring. Returns the exit status."""
+    from finerank.models.runtime import set_threads, tune_runtime
+
+    if settings.tune_runtime:
+        tune_runtime(num_threads=settings.threads)
+    set_threads(settings.threads)
     from finerank.adapters.files import adapter_files
     from finerank.adapters.lu_lora import start_local_learning
     from finerank.data.dataset import load_splits

@@ -60,6 +60,10 @@ class RunSettings:
         choices=("last", "best"),
         help="which weights become the run's adapter: of the last step or of best loss",
     )
+    threads: int | None = setting(None, help="CPU threads; default: all that this process may use")
+    tune_runtime: bool = setting(
+        True, help="start the program anew, once, with allocator and large-page settings that make steps faster"
+    )
     overwrite_output_dir: bool = setting(False, help="replace a finished run in --output-dir")
 
 
