@@ -60,6 +60,8 @@ class SampleRules:
     append_eod: bool = False
     megatron: bool = False
     """Cut and drop long samples exactly as MindSpeed-LLM's preprocessing does."""
+    neat_pack: bool = False
+    """With `megatron`: cut the end of long samples instead of dropping them, as its `--neat-pack` does."""
     pairwise: bool = False
     """Rows have a better and a worse answer, each of which becomes a sample of its own."""
 
@@ -162,7 +164,10 @@ class SampleMaker:
             append_eod=self.eod,
         )
         if rules.megatron and rules.seq_length and len(rendered.ids) >= rules.seq_length:
-            return None, False
+            if not rules.neat_pack:
+                return None, False
+            end = rules.seq_length - 1
+            return Rendered(rendered.ids[:end], rendered.labels[:end]), True
         return rendered, was_cut
 
     def _pieces(self, ids: list[int]) -> list[Rendered]:

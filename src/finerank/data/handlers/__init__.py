@@ -9,12 +9,14 @@ rename), `matches(row)` and `convert(row, columns)`. They are asked in the order
 general, so that a row with `chosen` and `rejected` is never taken for a plain instruction.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from finerank import registry
+from finerank.data.rows import BadRow
 from finerank.data.types import Conversation
 from finerank.errors import ConfigError, unknown_name
 
@@ -33,8 +35,6 @@ class Columns:
 
     def get(self, row: Row, role: str, default: str) -> Any:
         """The value of a role's column, or None. Raises BadRow when `--map-keys` names a column the row lacks."""
-        from finerank.data.rows import BadRow
-
         if role not in self.by_role:
             return row.get(default)
         column = self.by_role[role]
@@ -58,8 +58,6 @@ class Handler:
         conversation = _module(self.name).convert(row, self.columns)
         if not self.mask_history:
             return conversation
-        from dataclasses import replace
-
         answers = [i for i, m in enumerate(conversation.messages) if m.trained]
         last = answers[-1] if answers else -1
         messages = tuple(replace(m, trained=m.trained and i == last) for i, m in enumerate(conversation.messages))
@@ -101,5 +99,6 @@ def _columns(stem: str, map_keys: Mapping[str, Any] | None, *, named: bool) -> C
     return Columns(dict(map_keys or {}), named)
 
 
+@functools.cache  # asked for each row
 def _module(stem: str) -> ModuleType:
     return registry.load(__name__, stem, "handler")
