@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from finerank.errors import ConfigError, ModelError
+from finerank.errors import ConfigError, FinerankError, ModelError
 from finerank.models.device import pick_device, pick_dtype
 from finerank.models.find import (
     TOKENIZER_FILES,
@@ -32,6 +32,7 @@ from finerank.models.find import (
     read_safetensors_header,
     weight_files,
 )
+from finerank.models.quantized import quantization_config
 from finerank.models.settings import ModelSettings
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer", "pick_device", "pick_dtype"]
@@ -74,6 +75,8 @@ def load_model(settings: ModelSettings, *, seed: int = 1234) -> LoadedModel:
     device = pick_device(settings)
     dtype = pick_dtype(settings, device)
     if settings.load is None:
+        if settings.load_4bit or settings.load_8bit:
+            raise ConfigError("--load-4bit and --load-8bit quantise weights that are read; name a model with --load.")
         model, source = _initialise(settings, dtype, seed)
         tokenizer = load_tokenizer(settings)
     else:
@@ -154,6 +157,7 @@ def _read_config(folder: Path, name: str, settings: ModelSettings) -> Any:
 
 
 def _read_weights(folder: Path, name: str, config: Any, dtype: torch.dtype, settings: ModelSettings) -> PreTrainedModel:
+    quantization = quantization_config(settings)
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -162,9 +166,12 @@ def _read_weights(folder: Path, name: str, config: Any, dtype: torch.dtype, sett
                 dtype=dtype,
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
+                quantization_config=quantization,
                 ignore_mismatched_sizes=True,  # they are refused below, by name and shape
             )
     except Exception as error:
+        if isinstance(error, FinerankError):
+            raise
         raise ModelError(f"Cannot load the weights of {name}: {_sentence(error)}; restore the folder.") from error
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):

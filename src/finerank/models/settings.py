@@ -21,6 +21,10 @@ class ModelSettings:
     dtype: str = setting(
         "auto", choices=("auto", "bf16", "fp32"), help="base weights: auto takes bf16 where it is fast"
     )
+    load_4bit: bool = setting(
+        False, help="QLoRA: keep the base's linears in 4 bits (NF4, double quantisation)", flags=("--qlora",)
+    )
+    load_8bit: bool = setting(False, help="keep the base's linears in 8 bits")
     bf16: bool = setting(False, help="same as --dtype bf16, as Megatron spells it")
     device: str = setting("auto", help="cpu, cuda, cuda:N, mps or auto")
     revision: str | None = setting(None, help="hub revision of the base model")

@@ -1,0 +1,200 @@
+"""Quantised base linears: bitsandbytes' numbers, the same adapter on top, and what loading owes."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finerank.adapters.files import load_adapter, save_adapter
+from finerank.adapters.inject import inject_adapters
+from finerank.adapters.settings import AdapterSettings
+from finerank.errors import AdapterError, ConfigError, MissingExtraError, ModelError
+from finerank.models.load import load_model
+from finerank.models.quantized import QuantizedLinear
+from finerank.models.settings import ModelSettings
+from tiny import save_tiny, tiny_model
+
+functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+
+
+def weight(out_features: int = 96, in_features: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (0.05 * torch.randn(out_features, in_features, generator=generator)).to(dtype)
+
+
+def load(folder: Path, **settings: Any) -> nn.Module:
+    return load_model(ModelSettings(load=str(folder), device="cpu", **settings)).model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama", "llama", hidden_size=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 64), (7, 33), (300, 200)])
+def test_4_bits_are_bitsandbytes_own(dtype: torch.dtype, shape: tuple[int, int]):
+    w = weight(*shape, dtype=dtype)
+    packed, state = functional.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
+    linear = QuantizedLinear.of(w, bits=4)
+    assert torch.equal(linear.weight, packed)
+    dequantized = linear.dequantized_weight()
+    assert dequantized.dtype == dtype and torch.equal(dequantized, functional.dequantize_4bit(packed, state))
+
+
+def test_4_bits_are_the_nearest_nf4_values():
+    """Against the paper's definition: nearest of 16 values times the block's absolute maximum."""
+    w = weight(dtype=torch.float32)
+    blocks = w.reshape(-1, 64)
+    maxima = blocks.abs().amax(dim=1, keepdim=True)
+    table = torch.tensor(NF4)
+    nearest = table[(blocks[..., None] / maxima[..., None] - table).abs().argmin(-1)] * maxima
+    got = QuantizedLinear.of(w, bits=4).dequantized_weight().reshape(-1, 64)
+    # the maxima are themselves kept in 8 bits
+    assert ((got - nearest).abs() <= 0.02 * maxima).all()
+    assert ((got - nearest).abs() / maxima).mean() < 0.005
+
+
+def test_8_bits_lose_half_a_step_at_most():
+    w = weight(dtype=torch.float32)
+    got = QuantizedLinear.of(w, bits=8).dequantized_weight()
+    assert ((got - w).abs() <= 0.5001 * w.abs().amax(dim=1, keepdim=True) / 127).all()
+    zero = QuantizedLinear.of(torch.zeros(4, 64), bits=8).dequantized_weight()
+    assert torch.equal(zero, torch.zeros(4, 64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_product_and_input_gradient_are_those_of_the_dequantised_weight(bits: int):
+    linear = QuantizedLinear.of(weight(dtype=torch.float32), torch.ones(96), bits=bits)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    dy = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2))
+    y = linear(x)
+    y.backward(dy)
+    w = linear.dequantized_weight()
+    torch.testing.assert_close(y, F.linear(x, w, torch.ones(96)))
+    torch.testing.assert_close(x.grad, dy @ w)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_linear_but_the_head_is_quantised_while_loading(folder: Path, bits: int):
+    model = load(folder, **{f"load_{bits}bit": True})
+    quantized = {name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    plain = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert len(quantized) == 14 and plain == {"lm_head"}
+    reference = load(folder)
+    for name in quantized:
+        mine = model.get_submodule(name)
+        wanted = QuantizedLinear.of(reference.get_submodule(name).weight, bits=bits)
+        assert torch.equal(mine.weight, wanted.weight), name
+        assert torch.equal(mine.dequantized_weight(), wanted.dequantized_weight()), name
+    for name, p in reference.named_parameters():
+        if name.rpartition(".")[0] not in quantized:
+            assert torch.equal(p, model.get_parameter(name)), name
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_gpt2_keeps_its_transposed_weights(tmp_path: Path):
+    import transformers
+
+    from tiny import tiny_tokenizer
+
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=384, n_positions=64)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        wanted = load(tmp_path, dtype="fp32")(input_ids=ids).logits
+        got = load(tmp_path, dtype="fp32", load_8bit=True)(input_ids=ids).logits
+    assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapter_on_quantised_base_learns_as_on_its_dequantised_copy(folder: Path, bits: int):
+    model = load(folder, **{f"load_{bits}bit": True}, dtype="fp32")
+    plain = load(folder, dtype="fp32")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            plain.get_submodule(name).weight.data = module.dequantized_weight()
+    ids = torch.arange(3, 40)[None]
+    settings = AdapterSettings(lora_r=4, lora_target_modules=["q_proj", "v_proj", "down_proj"])
+    both = [inject_adapters(m, settings, seed=1) for m in (model, plain)]
+    for m, adapters in zip((model, plain), both, strict=True):
+        for p in adapters.parameters():
+            p.data += 0.01
+        m(input_ids=ids, labels=ids).loss.backward()
+    for (name, mine), (_, wanted) in zip(both[0].named_parameters(), both[1].named_parameters(), strict=True):
+        assert mine.grad is not None and mine.grad.any(), name
+        torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(AdapterError, match="load the base unquantised"):
+        both[0].merge_()
+
+
+def test_adapter_of_a_quantised_run_fits_the_whole_base(folder: Path, tmp_path: Path):
+    adapters = inject_adapters(load(folder, load_4bit=True), AdapterSettings(lora_r=4), seed=1)
+    save_adapter(adapters, tmp_path, base_model_name=str(folder))
+    again = load_adapter(load(folder), tmp_path)
+    for key, tensor in adapters.state().items():
+        assert torch.equal(tensor, again.state()[key]), key
+
+
+def test_linears_take_less_than_three_tenths_of_bf16(folder: Path):
+    linear = QuantizedLinear.of(weight(512, 512), bits=4)
+    size = sum(t.numel() * t.element_size() for t in (linear.weight, *linear.scales.values()))
+    assert size < 0.30 * 512 * 512 * 2
+    assert not linear.state_dict().keys() - {"weight"}
+
+
+def test_scales_keep_their_precision_when_the_model_is_cast():
+    linear = QuantizedLinear.of(weight(), bits=4)
+    before = linear.dequantized_weight()
+    linear.to(torch.bfloat16)
+    assert torch.equal(linear.dequantized_weight(), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"load_4bit": True, "load_8bit": True}, ConfigError, "exclude each other"),
+        ({"load": None, "model_config": ".", "load_4bit": True}, ConfigError, "name a model with --load"),
+    ],
+)
+def test_bad_settings_are_one_sentence(folder: Path, settings: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error, match=words) as caught:
+        load_model(ModelSettings(**{"load": str(folder), "device": "cpu", **settings}))
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_smaller_than_a_block_are_refused(tmp_path: Path):
+    small = {
+        "hidden_size": 4,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+    }
+    save_tiny(tmp_path, "llama", **small)
+    with pytest.raises(ModelError, match="fewer than a block of 64; use --load-8bit"):
+        load(tmp_path, load_4bit=True)
+
+
+def test_without_bitsandbytes_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"finerank\[quant\]"):
+        load(folder, load_4bit=True)
+    assert isinstance(load(folder, load_8bit=True), nn.Module)
+
+
+def test_close_to_the_model_it_stands_for(folder: Path):
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        whole = tiny_model("llama", hidden_size=64)(input_ids=ids).logits
+        four, eight = (load(folder, dtype="fp32", **{f"load_{b}bit": True})(input_ids=ids).logits for b in (4, 8))
+    assert (eight - whole).abs().mean() < 0.05 * whole.abs().mean()
+    assert (four - whole).abs().mean() < 0.6 * whole.abs().mean()
