@@ -8,10 +8,18 @@ import pytest
 
 from finerank.cli import main
 
-CASES = (
-    "alpaca_empty alpaca_llama2 alpaca_llama2_mapkeys alpaca_qwen3 alpaca_qwen_pack128 pairwise_llama2 sharegpt_qwen "
-    "think_qwen3_false think_qwen3_none think_qwen3_true"
-).split()
+CASES = [
+    "alpaca_empty",
+    "alpaca_llama2",
+    "alpaca_llama2_mapkeys",
+    "alpaca_qwen3",
+    "alpaca_qwen_pack128",
+    "pairwise_llama2",
+    "sharegpt_qwen",
+    "think_qwen3_false",
+    "think_qwen3_none",
+    "think_qwen3_true",
+]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

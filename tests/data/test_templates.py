@@ -36,7 +36,7 @@ class Letters:
     def convert_tokens_to_ids(self, token: str) -> int:
         if token == self.stop_word:
             return 1
-        self.texts.append("{T:%s}" % token)
+        self.texts.append(f"{{T:{token}}}")
         return len(self.texts) - 1
 
     def convert_ids_to_tokens(self, i: int) -> str:
@@ -80,9 +80,41 @@ def test_turns_equal_the_recorded_ones(key: str):
 
 
 def test_the_names_of_the_format_are_there():
-    expected = """chatglm2 chatglm3 chatglm3_system glm4 glm4_moe chatml chatml_de cpm default empty trl qwen_lf qwen
-    qwen_r1 qwen_math_r1 llama3 mistral mixtral magistral gemma llama2 alpaca deepseek2 deepseek2_lite minicpm3 baichuan2
-    deepseek3 intern2 hunyuan qwen3 bailing_mini plm gpt_oss""".split()
+    expected = [
+        "chatglm2",
+        "chatglm3",
+        "chatglm3_system",
+        "glm4",
+        "glm4_moe",
+        "chatml",
+        "chatml_de",
+        "cpm",
+        "default",
+        "empty",
+        "trl",
+        "qwen_lf",
+        "qwen",
+        "qwen_r1",
+        "qwen_math_r1",
+        "llama3",
+        "mistral",
+        "mixtral",
+        "magistral",
+        "gemma",
+        "llama2",
+        "alpaca",
+        "deepseek2",
+        "deepseek2_lite",
+        "minicpm3",
+        "baichuan2",
+        "deepseek3",
+        "intern2",
+        "hunyuan",
+        "qwen3",
+        "bailing_mini",
+        "plm",
+        "gpt_oss",
+    ]
     assert set(expected) <= set(NAMES)
 
 
@@ -108,9 +140,8 @@ def test_digest_changes_with_the_template_and_its_thinking():
 
 
 def test_a_missing_end_token_is_refused_by_name():
-    from tiny import tiny_tokenizer
-
     from finerank.errors import DataError
+    from tiny import tiny_tokenizer
 
     with pytest.raises(DataError, match=r"<\|eot_id\|>.*--prompt-type"):
         load_template(TemplateSettings(prompt_type="llama3"), tiny_tokenizer())
