@@ -70,6 +70,7 @@ def _tune_settings(settings: Settings, adapter: Path):  # type: ignore[no-untype
         lr=settings.lr,
         lr_warmup_fraction=0.1,
         global_batch_size=8,
+        eval_interval=25,
         seq_length=512,
     )
 
