@@ -21,6 +21,8 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Write the page; see the module's docstring."""
+    from finerank import config
+    from finerank.recipes import tune
     from finerank.report.collect import read_run
     from finerank.report.document import write_report
 
@@ -28,5 +30,5 @@ def run(settings: Settings) -> None:
         raise ConfigError("Name at least one run folder: finerank report runs/first.")
     runs = [read_run(Path(folder)) for folder in settings.runs]
     output = Path(settings.output) if settings.output else runs[0].folder / "report.html"
-    write_report(runs, output)
+    write_report(runs, output, defaults=config.to_dict(tune.Settings()))
     print(f"report: {output}")

@@ -5,6 +5,7 @@ run.results["after_eval_loss"], run.metrics[-1]["loss"], run.settings["lora_r"]
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,40 +43,48 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         metrics=read_metrics(path),
         settings=_yaml(folder / "config.yaml"),
-        results=_json(folder / "results.json", {}),
-        receipt=_json(folder / "receipt.json", {}),
-        answers=_json(folder / "answers.json", []),
+        results=_json(folder / "results.json", dict),
+        receipt=_json(folder / "receipt.json", dict),
+        answers=_json(folder / "answers.json", list),
     )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; a last line that a running or killed program left unfinished is skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(path.read_text(encoding="utf-8").splitlines()):
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == len(lines):
                 break
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error}); restore the file or remove the line."
-            ) from error
+            raise DataError(f"{path}, line {number}: not JSON; restore the file or remove the line.") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"{path}, line {number}: not a step of a run; restore the file or remove the line.")
+        rows.append(row)
     return rows
 
 
-def _json(path: Path, empty: Any) -> Any:
-    if not path.is_file():
-        return empty
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON ({error}); restore it or remove it.") from error
+def _json(path: Path, kind: type) -> Any:
+    return _read(path, kind, json.loads, "JSON")
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    return _read(path, dict, yaml.safe_load, "YAML")
+
+
+def _read(path: Path, kind: type, parse: Callable[[str], Any], name: str) -> Any:
+    """The file's value, or an empty one where there is no file. Raises DataError when it is not what it should be."""
     if not path.is_file():
-        return {}
+        return kind()
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML ({error}); restore it or remove it.") from error
+        value = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is not {name} ({' '.join(str(error).split())}); restore or remove it.") from error
+    if not isinstance(value, kind):
+        raise DataError(f"{path} must hold a {kind.__name__}, not a {type(value).__name__}; restore or remove it.")
+    return value

@@ -1,12 +1,13 @@
 """One self-contained HTML page about one run or several: no script, no file beside it, nothing loaded from a network.
 
-    write_report([read_run(folder)], Path("report.html"))
+    write_report([read_run(folder)], Path("report.html"), defaults={"lora_r": 16})
 
 All text from outside (settings, rows, answers) is escaped. Pictures are embedded.
 """
 
 import base64
 import html
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,19 +44,31 @@ _RESULTS = {
 }
 
 
-def write_report(runs: Sequence[Run], path: Path) -> None:
-    """Write the page, whole or not at all. Raises StorageError."""
-    write_text(path, render(runs))
+_RECEIPT_KEYS = [
+    "handler",
+    "rows_read",
+    "rows_kept",
+    "rows_dropped",
+    "truncated",
+    "duplicates",
+    "tokens",
+    "trained_tokens",
+]
 
 
-def render(runs: Sequence[Run]) -> str:
+def write_report(runs: Sequence[Run], path: Path, *, defaults: Mapping[str, Any]) -> None:
+    """Write the page, whole or not at all; settings equal to `defaults` are folded away. Raises StorageError."""
+    write_text(path, render(runs, defaults=defaults))
+
+
+def render(runs: Sequence[Run], *, defaults: Mapping[str, Any]) -> str:
     """The page as text. With several runs, their results and curves stand side by side first."""
     title = "finerank: " + ", ".join(run.name for run in runs)
     parts = [f"<h1>{_text(title)}</h1>"]
     if len(runs) > 1:
         parts.append(_comparison(runs))
     for run in runs:
-        parts += _about_one(run, heading=len(runs) > 1)
+        parts += _about_one(run, defaults, heading=len(runs) > 1)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<title>{_text(title)}</title><style>{_STYLE}</style></head>\n'
@@ -63,12 +76,12 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _about_one(run: Run, *, heading: bool) -> Iterable[str]:
+def _about_one(run: Run, defaults: Mapping[str, Any], *, heading: bool) -> Iterable[str]:
     if heading:
         yield f"<h1>{_text(run.name)}</h1>"
-    yield "<h2>Result</h2>" + _table(
-        ("what", "value"), [(label, run.results[key]) for key, label in _RESULTS.items() if key in run.results]
-    )
+    shown = [(label, run.results[key]) for key, label in _RESULTS.items() if run.results.get(key) is not None]
+    unfinished = "<p>This run has not finished: its folder holds no results.json yet.</p>"
+    yield "<h2>Result</h2>" + (_table(("what", "value"), shown) if shown else unfinished)
     curve = run.folder / "metrics.jsonl"
     yield "<h2>Loss</h2>" + _picture(lambda png: loss_curve(curve, png), f"loss by step of {run.name}")
     if run.answers:
@@ -76,8 +89,7 @@ def _about_one(run: Run, *, heading: bool) -> Iterable[str]:
     if run.receipt:
         yield "<h2>What became of the rows</h2>" + _receipt(run.receipt)
     if run.settings:
-        chosen = [(f"<code>{_text(k)}</code>", v) for k, v in run.settings.items() if v not in (None, [], {}, "")]
-        yield "<h2>Settings</h2>" + _table(("setting", "value"), chosen, first_is_html=True)
+        yield _settings(run.settings, defaults)
     if versions := run.results.get("versions"):
         listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         yield f'<p class="quiet">{_text(listed)}</p>'
@@ -102,26 +114,54 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
-    models = [key for key in answers[0] if key != "prompt"]
+    models = list(dict.fromkeys(key for row in answers for key in row if key != "prompt"))
     rows = [(row.get("prompt"), *(row.get(model) for model in models)) for row in answers]
     return "<h2>The same prompts, before and after</h2>" + _table(("prompt", *models), rows, text=True)
 
 
 def _receipt(receipt: Mapping[str, Any]) -> str:
-    """Counts first, then each nested table; long lists are cut."""
-    plain = [(k.replace("_", " "), v) for k, v in receipt.items() if not isinstance(v, dict | list)]
-    parts = [_table(("rows", "count"), plain)] if plain else []
-    for item in receipt.get("files", []):
-        if isinstance(item, dict):
-            parts.append(
-                _table(("file", str(item.get("file", ""))), [(k, _short(v)) for k, v in item.items() if k != "file"])
-            )
+    """One line a file of rows, then why rows were dropped, then what else was noticed."""
+    files = [file for file in receipt.get("files", []) if isinstance(file, dict)]
+    head = ("file", "form", "rows", "kept", "dropped", "cut", "copies", "tokens", "trained")
+    rows = [(Path(str(f.get("path"))).name, *(_count(f.get(key)) for key in _RECEIPT_KEYS)) for f in files]
+    reasons = [
+        (Path(str(f.get("path"))).name, reason, _count(what), _first_rows(what))
+        for f in files
+        for reason, what in (f.get("dropped") or {}).items()
+    ]
+    parts = [_table(head, rows)] if rows else []
+    if reasons:
+        parts.append(_table(("file", "why rows were dropped", "rows", "first of them"), reasons))
+    parts += [f"<p>{_text(note)}</p>" for note in receipt.get("notes", [])]
     return "".join(parts)
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else text[:200] + " ..."
+def _count(what: Any) -> Any:
+    return what.get("count") if isinstance(what, dict) else what
+
+
+def _first_rows(what: Any) -> str:
+    return ", ".join(map(str, what.get("first_rows", []))) if isinstance(what, dict) else ""
+
+
+def _settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """What was chosen, in sight; the rest folded away."""
+
+    def rows(names: Iterable[str]) -> list[tuple[str, str]]:
+        return [(f"<code>{_text(name)}</code>", _value(settings[name])) for name in names]
+
+    chosen = [name for name in settings if name not in defaults or settings[name] != defaults[name]]
+    rest = [name for name in settings if name not in chosen]
+    parts = ["<h2>Settings that differ from the defaults</h2>", _table(("setting", "value"), rows(chosen), code=True)]
+    if rest:
+        table = _table(("setting", "value"), rows(rest), code=True)
+        parts.append(f"<details><summary>{len(rest)} settings at their defaults</summary>{table}</details>")
+    return "".join(parts)
+
+
+def _value(value: Any) -> str:
+    """As it would be written in YAML, in one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _picture(draw: Callable[[Path], None], alt: str) -> str:
@@ -132,12 +172,10 @@ def _picture(draw: Callable[[Path], None], alt: str) -> str:
     return f'<img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
 
 
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[Any]], *, text: bool = False, first_is_html: bool = False
-) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, text: bool = False, code: bool = False) -> str:
     lines = ["<table><tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"]
     for row in rows:
-        first = f"<td>{row[0] if first_is_html else _text(row[0])}</td>"
+        first = f"<td>{row[0] if code else _text(row[0])}</td>"
         lines.append("<tr>" + first + "".join(_cell(value, text=text) for value in row[1:]) + "</tr>")
     return "\n".join([*lines, "</table>"])
 
