@@ -246,7 +246,7 @@ def _ffn_params(dim: int, ffn: int) -> dict[str, Any]:
         if ffn_size(dim, multiple, None) == ffn:
             return {"multiple_of": multiple}
     for multiple in multiples:
-        multiplier = round((ffn - multiple / 2) / int(8 * dim / 3), 6)
+        multiplier = round((ffn + 1 - multiple / 2) / int(8 * dim / 3), 6)
         if ffn_size(dim, multiple, multiplier) == ffn:
             return {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
     raise ConfigError(
