@@ -251,3 +251,11 @@ def test_adapters_keep_gradient_checkpointing_exact():
     got = torch.autograd.grad(model(IDS, labels=IDS).loss, adapters.parameters())
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-7)
+
+
+def test_fused_experts_are_said_to_be_left_out(caplog):
+    inject(tiny_model("mixtral"))
+    assert "fused experts" in caplog.text
+    caplog.clear()
+    inject(tiny_model())
+    assert "fused experts" not in caplog.text

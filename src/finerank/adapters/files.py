@@ -11,6 +11,7 @@ PEFT knows no shared lora_A: it is written once for each of its layers, and the 
 """
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,12 +83,37 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} holds no {CONFIG}; give the folder of a PEFT adapter or of a run.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read ({error}); copy the adapter again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{path} describes a {kind} adapter; only LORA can be loaded.")
+    if wrong := _wrong_value(config):
+        raise AdapterError(f"{path}: {wrong} has no usable value; copy the adapter again.")
     return config
+
+
+def _wrong_value(config: Mapping[str, Any]) -> str | None:
+    """The first key whose value is not of the kind that PEFT writes; rank and alpha are looked at by layer."""
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            return key
+    targets = config.get("target_modules")
+    if not isinstance(targets, str | list | None) or not all(isinstance(t, str) for t in targets or ()):
+        return "target_modules"
+    dropout = config.get("lora_dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        return "lora_dropout"
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key)
+        if not isinstance(patterns, dict | None):
+            return key
+        for pattern in patterns or ():
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except (re.error, RecursionError, OverflowError):
+                return key
+    return None
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> AdapterSet:

@@ -87,9 +87,11 @@ class AdapterSet:
         base = {id(p): p.numel() for p in self.model.parameters()}
         share = self.num_parameters / max(sum(base.values()) - self.num_parameters, 1)
         ranks = sorted({layer.rank for layer in self.layers.values()})
+        # not the config's target_modules, which PEFT may have written as a regular expression
+        names = sorted({name.rpartition(".")[2] for name in self.layers})
         shared = f", lora_A shared in {' '.join(self.groups)}" if self.groups else ""
         return (
-            f"LoRA on {len(self.layers)} linears ({', '.join(self.config['target_modules'][:8])}), rank "
+            f"LoRA on {len(self.layers)} linears ({', '.join(names[:8])}), rank "
             f"{'/'.join(map(str, ranks))}{shared}: {self.num_parameters:,} trained parameters, "
             f"{100 * share:.2f}% of the base"
         )
@@ -143,6 +145,7 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
     ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern") | local_ranks
     alphas = expand_patterns(settings.lora_alpha_pattern, targets, flag="--lora-alpha-pattern")
     modules = dict(model.named_modules())
+    _warn_of_fused_experts(modules, settings)
     config = new_config(
         r=settings.lora_r,
         lora_alpha=_whole(settings.lora_alpha),
@@ -154,6 +157,13 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
         fan_in_fan_out=any(isinstance(modules[target.name], Conv1D) for target in targets),
     )
     return place_adapters(model, targets, config, seed=seed, trainable=True)
+
+
+def _warn_of_fused_experts(modules: Mapping[str, nn.Module], settings: AdapterSettings) -> None:
+    """Experts kept as one 3-dimensional tensor are no linears; `all-linear` sounds as if it meant them."""
+    fused = [name for name, module in modules.items() if any(p.dim() == 3 for p in module.parameters(recurse=False))]
+    if fused and "all-linear" in settings.lora_target_modules:
+        logger.warning("all-linear leaves out the fused experts of %d modules, e.g. %s", len(fused), fused[0])
 
 
 def _check(settings: AdapterSettings) -> None:
