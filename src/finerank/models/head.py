@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 1 << 25
-"""Most logits held at once (fp32: 128 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
+LOGITS_PER_CHUNK = 1 << 24
+"""Most logits held at once (fp32: 64 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
+LOGITS_PER_CHUNK_GPU = 1 << 27
+"""The same on a GPU, which needs wide products to be busy (fp32: 512 MiB)."""
 MIN_CHUNK = 16
 
 
@@ -77,7 +79,8 @@ def _learning_chunk(hidden_CD: Tensor, target_C: Tensor, head: Head) -> Tensor:
 
 
 def _chunks(hidden_ND: Tensor, head: Head) -> Iterator[slice]:
-    size = max(MIN_CHUNK, LOGITS_PER_CHUNK // head.weight_VD.shape[0])
+    limit = LOGITS_PER_CHUNK if hidden_ND.device.type == "cpu" else LOGITS_PER_CHUNK_GPU
+    size = max(MIN_CHUNK, limit // head.weight_VD.shape[0])
     for start in range(0, hidden_ND.shape[0], size):
         yield slice(start, start + size)
 
@@ -110,11 +113,11 @@ def _chunk(hidden_CD: Tensor, target_C: Tensor, head: Head, needs_grad: bool) ->
     """Loss sum of a chunk, and the gradient of its hidden states."""
     wide = _wide(hidden_CD)
     logits_CV = head.logits(hidden_CD)
-    top_C, argmax_C = logits_CV.max(dim=1)
+    top_C = logits_CV.amax(dim=1)
     at_target_C = logits_CV.gather(1, target_C[:, None]).squeeze(1).to(wide)
     probs_CV = torch.softmax(logits_CV, dim=1, dtype=wide)
     # logsumexp = top - log p(top): p(top) is at least 1/V, so this is exact where log p(target) would underflow
-    lse_C = top_C.to(wide) - probs_CV.gather(1, argmax_C[:, None]).squeeze(1).log()
+    lse_C = top_C.to(wide) - probs_CV.amax(dim=1).log()
     loss = (lse_C - at_target_C).sum()
     if not needs_grad:
         return loss, None
