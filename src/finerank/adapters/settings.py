@@ -39,4 +39,5 @@ class AdapterSettings(LocalSettings):
     use_rslora: bool = setting(False, help="rank-stabilised scale alpha / sqrt(r)")
     lora_rank_pattern: dict[str, int] = setting({}, help="rank by module name or regular expression, e.g. down_proj=32")
     lora_alpha_pattern: dict[str, float] = setting({}, help="alpha by module name or regular expression")
+    loraplus_lr_ratio: float | None = setting(None, help="LoRA+: learning rate of lora_B over that of lora_A, e.g. 16")
     lora_load: str | None = setting(None, help="adapter to continue from, or to use", flags=("--lora-weights",))

@@ -63,6 +63,7 @@ def run(settings: Settings) -> int:
         tune_runtime(num_threads=settings.threads)
     set_threads(settings.threads)
     from finerank.adapters.files import adapter_files
+    from finerank.adapters.lora_plus import speed_up_B
     from finerank.adapters.lu_lora import start_local_learning
     from finerank.data.dataset import load_splits
     from finerank.data.loader import BatchPlan
@@ -93,6 +94,7 @@ def run(settings: Settings) -> int:
         base_loss = evaluate_loss(loaded.model, held_out()) if held_out and settings.lora_load else None
         adapters = _make_adapters(loaded.model, settings)
         local = start_local_learning(adapters, settings, lr=settings.lr, seed=settings.seed)
+        speed_up_B(adapters, settings.loraplus_lr_ratio)
         # before any dropout: the head is chosen by comparing outputs, and a resumed run must choose the same
         verified_head(loaded.model)
         loop = TrainLoop(
@@ -160,7 +162,7 @@ def _make_adapters(model: "PreTrainedModel", settings: Settings) -> "AdapterSet"
     if settings.lora_load is not None:
         for f in dataclasses.fields(AdapterSettings):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            keeps = f.name.startswith("lu_lora") and f.name != "lu_lora_r"
+            keeps = f.name.startswith(("lu_lora", "loraplus")) and f.name != "lu_lora_r"
             if f.name != "lora_load" and not keeps and getattr(settings, f.name) != default:
                 _say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
         return load_adapter(model, Path(settings.lora_load), trainable=True)
