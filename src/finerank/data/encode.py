@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finerank.data.rows import BadRow
+from finerank.data.words import WordCache
 from finerank.errors import DataError
 
 _MARK = "\U0010fffd"  # a private-use character that no text should hold; where one does, it is protected as well
@@ -84,7 +85,9 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; control tokens in it become their ids, protected ones stay text."""
         plain = [text if _MARK not in text else "" for text in texts]
-        if self._backend is not None:
+        if self._word_cache is not None:
+            ids = self._word_cache.encode(plain)
+        elif self._backend is not None:
             ids = [e.ids for e in self._backend.encode_batch_fast(plain, add_special_tokens=False)]
         else:
             ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in plain]
@@ -106,6 +109,10 @@ class TextEncoder:
         if self._backend is None:
             return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return self._text_backend.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _word_cache(self) -> WordCache | None:
+        return None if self._backend is None else WordCache.for_backend(self._backend)
 
     @functools.cached_property
     def _text_backend(self) -> Any:

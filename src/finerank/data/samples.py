@@ -6,6 +6,7 @@ so the caller can account for all of them in order.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +99,7 @@ class SampleMaker:
         for name, values in fields.items():
             result.lengths[name] = np.fromiter(map(len, values), np.int64, len(values))
             total = int(result.lengths[name].sum())
-            result.flat[name] = np.fromiter((i for v in values for i in v), np.int32, total)
+            result.flat[name] = np.fromiter(itertools.chain.from_iterable(values), np.int32, total)
         return result
 
     @property
@@ -126,7 +127,7 @@ class SampleMaker:
         samples: list[list[EncodedTurn]],
         fields: dict[str, list[list[int]]],
     ) -> Outcome:
-        digest = hashlib.blake2b(repr(conversation).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        digest = _digest(conversation)
         rendered: list[Rendered] = []
         truncated = False
         if conversation.messages[0].role == TEXT:
@@ -138,7 +139,8 @@ class SampleMaker:
                 if made is None:
                     return Outcome(number, TOO_LONG)
                 rendered.append(made)
-        if not self.rules.megatron and not any(any(x != IGNORE_INDEX for x in r.labels[1:]) for r in rendered):
+        trained = any(r.labels[1:].count(IGNORE_INDEX) < len(r.labels) - 1 for r in rendered)
+        if not self.rules.megatron and not trained:
             return Outcome(number, NOT_TRAINED)
         values = [part for r in rendered for part in (r.ids, r.labels)]
         for i, value in enumerate(values):
@@ -175,3 +177,13 @@ class SampleMaker:
         ids = [*ids, *([] if self.eod is None else [self.eod])]
         length = len(ids) if self.rules.megatron else self.rules.seq_length or len(ids)
         return [Rendered(ids[i : i + length], ids[i : i + length]) for i in range(0, len(ids), length or 1)]
+
+
+def _digest(conversation: Conversation) -> bytes:
+    """A hash that only equal conversations share: each text is told with its length."""
+    messages = (
+        conversation.messages if conversation.rejected is None else (*conversation.messages, conversation.rejected)
+    )
+    texts = [f"{m.role} {m.trained} {len(m.content)} {m.content}" for m in messages]
+    told = f"{len(messages)} {conversation.tools} " + "".join(texts)
+    return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
