@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+DATA ?= src/finerank/data/bundled/about_finerank.json
+BENCH_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -41,8 +43,8 @@ format: install ## rewrite the code in the one format
 lock: install ## write requirements.lock from what the environment holds now
 	$(BIN)/python tools/make_lock.py requirements.lock
 
-bench: install ## the regression guard of the tuning step
-	$(BIN)/python benchmarks/guard.py
+bench: install ## time a tuning step beside PEFT with transformers' Trainer (DATA=rows.json)
+	$(BIN)/python benchmarks/tune_step.py --data $(DATA) $(BENCH_ARGS)
 
 clean: ## remove the environment and caches of this checkout
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist src/*.egg-info

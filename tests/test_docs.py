@@ -15,10 +15,13 @@ CONFIGS = sorted([*REPO.glob("configs/**/*.yaml"), *REPO.glob("examples/**/*.yam
 
 
 def commands(text: str) -> list[str]:
-    """Indented lines that begin with `finerank VERB`, continued lines joined, their comments cut."""
-    joined = re.sub(r" *\\\n\s*", " ", text)
-    found = re.findall(r"^ {4}(finerank [a-z].*)$", joined, flags=re.M)
-    return [re.sub(r"\s+#.*$", "", line) for line in found]
+    """Lines `finerank VERB ...` of code blocks, indented or fenced; continued lines joined, remarks cut."""
+    found, fenced = [], False
+    for line in re.sub(r" *\\\n\s*", " ", text).splitlines():
+        fenced ^= line.startswith("```")
+        if (fenced or line.startswith("    ")) and (match := re.match(r"\s*(finerank [a-z].*)", line)):
+            found.append(re.split(r"\s{2,}|\s+#|\s\.\.\.|\s*[|>]", match.group(1))[0])
+    return found
 
 
 COMMANDS = [
@@ -79,7 +82,8 @@ def test_links_between_the_documents_lead_somewhere(page: Path):
 
 def test_every_page_of_docs_is_in_the_index():
     index = (REPO / "docs" / "index.md").read_text(encoding="utf-8")
-    missing = [p.name for p in REPO.glob("docs/*.md") if p.name != "index.md" and f"]({p.name})" not in index]
+    names = [str(p.relative_to(REPO / "docs")) for p in REPO.glob("docs/**/*.md")]
+    missing = [name for name in names if name != "index.md" and f"]({name})" not in index]
     assert not missing
 
 
