@@ -28,8 +28,10 @@ $(STAMP): requirements.lock pyproject.toml tools/make_venv.py
 quickstart: install ## tune, evaluate, merge and compare the default model on the shipped rows
 	@$(BIN)/finerank quickstart
 
-test: install lint ## the whole test suite with lint and types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# one thread a process: the tests' models are tiny, and threads that wait for each other cost more than they bring
+test: install ## the whole test suite, then format, lint and types
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory lint
 
 lint: install ## format, lint and types
 	$(BIN)/ruff format --check src tests benchmarks tools
