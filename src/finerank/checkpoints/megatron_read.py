@@ -95,10 +95,6 @@ class MegatronCheckpoint:
             found += [(stage, chunk, i) for i in sorted(local)]
         return found
 
-    def has_lora(self) -> bool:
-        """Any tensor of an adapter."""
-        return any(".lora_A." in name for stage in self.chunks for chunk in stage for name in chunk[0, 0])
-
     def find(self, name: str) -> tuple[int, int] | None:
         """(stage, chunk) that holds a tensor outside the layers."""
         for stage, chunk in self.order():
@@ -137,6 +133,16 @@ def iteration_folder(folder: Path) -> Path:
     if not (folder / name).is_dir():
         raise CheckpointError(f"{folder / name} is missing, and {TRACKER} names it.")
     return folder / name
+
+
+def first_names(folder: Path) -> list[str]:
+    """Tensor names of one rank as they are stored, to tell layouts apart. Raises CheckpointError."""
+    paths = sorted(p / FILE for p in iteration_folder(folder).iterdir() if _RANK.fullmatch(p.name))
+    if not paths:
+        raise CheckpointError(f"{folder} has no mp_rank_* folder; give the folder above iter_*.")
+    content = TorchFile(paths[0]).content
+    models = {k: v for k, v in content.items() if str(k).startswith("model")} if isinstance(content, dict) else {}
+    return [name for model in models.values() if isinstance(model, dict) for name, _ in walk(model)]
 
 
 def _args(file: TorchFile) -> dict[str, Any]:

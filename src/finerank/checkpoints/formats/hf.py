@@ -101,8 +101,8 @@ def write(
         model = replace(model, weights=CastWeights(model.weights, dtype))
     copy_text_files(model.folder, folder)
     write_json(folder / "config.json", with_dtype(model))
-    names = sorted(model.weights, key=natural_order)
-    shards = _shards({name: model.weights.info(name) for name in names}, max_shard_bytes)
+    # in the order of the source, so that what a reader has to take apart is asked for in one go
+    shards = _shards({name: model.weights.info(name) for name in model.weights}, max_shard_bytes)
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"

@@ -15,7 +15,8 @@ from typing import Any
 
 from finerank.checkpoints import megatron, megatron_lora
 from finerank.checkpoints.lora import Adapter
-from finerank.checkpoints.megatron_read import TRACKER, MegatronCheckpoint
+from finerank.checkpoints.megatron_names import is_legacy
+from finerank.checkpoints.megatron_read import TRACKER, first_names
 from finerank.checkpoints.weights import BaseModel
 
 HOLDS = ("base", "adapter")
@@ -23,7 +24,7 @@ HOLDS = ("base", "adapter")
 
 def matches(folder: Path) -> bool:
     """True for a folder with Megatron's tracker file whose model is of the legacy layout."""
-    return (folder / TRACKER).is_file() and MegatronCheckpoint.open(folder).is_legacy
+    return (folder / TRACKER).is_file() and is_legacy(first_names(folder))
 
 
 def read(folder: Path, **options: Any) -> BaseModel:
@@ -38,7 +39,7 @@ def write(model: BaseModel, folder: Path, **options: Any) -> None:
 
 def holds_adapter(folder: Path) -> bool:
     """The checkpoint has LoRA tensors: a LoRA checkpoint, or a base and its adapter together."""
-    return MegatronCheckpoint.open(folder).has_lora()
+    return any(".lora_a." in name.lower() for name in first_names(folder))
 
 
 def read_adapter(folder: Path, **options: Any) -> Adapter:
