@@ -38,7 +38,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
-    return cli.main(["tune", "--load", str(base), "--data-path", str(rows), "--output-dir", str(run), *FAST, *flags])
+    usual = ["--load", str(base), "--data-path", str(rows), "--output-dir", str(run), *FAST]
+    pairs = [pair for pair in zip(usual[::2], usual[1::2], strict=True) if pair[0] not in flags]
+    return cli.main(["tune", *(word for pair in pairs for word in pair), *flags])
 
 
 def results(run: Path) -> dict:

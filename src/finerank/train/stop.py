@@ -81,7 +81,9 @@ class Signals:
             return
         self.stop_signal = signal.Signals(number)
         self._timer = threading.Timer(
-            self.grace_seconds, self._leave, ["the grace time is over; go on from the newest whole checkpoint with --resume auto"]
+            self.grace_seconds,
+            self._leave,
+            ["the grace time is over; go on from the newest whole checkpoint with --resume auto"],
         )
         self._timer.daemon = True
         self._timer.start()
