@@ -19,7 +19,7 @@ help: ## list the targets
 install: $(STAMP) ## create the virtual environment with the pinned packages
 
 $(STAMP): requirements.lock pyproject.toml tools/make_venv.py
-	@test -n "$(PYTHON)" || { echo "finerank needs Python 3.10 to 3.13: install python3 and run make again"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "finerank needs Python 3.11 to 3.13: install python3 and run make again"; exit 1; }
 	@$(PYTHON) tools/make_venv.py $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-build-isolation --editable .

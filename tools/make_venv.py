@@ -12,13 +12,14 @@ import sys
 import venv
 from pathlib import Path
 
-SUPPORTED = ((3, 10), (3, 13))
+SUPPORTED = ((3, 11), (3, 13))  # of the pinned packages; finerank itself runs on 3.10 too
 
 
 def main(folder: str) -> int:
     if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
         found = ".".join(map(str, sys.version_info[:2]))
-        print(f"finerank needs Python 3.10 to 3.13, not {found}: run make with PYTHON=/path/to/python3.11")
+        print(f"the pinned packages need Python 3.11 to 3.13, not {found}: run make with PYTHON=/path/to/python3.11,")
+        print("or, with Python 3.10, install finerank with pip: pip install .")
         return 1
     has_ensurepip = importlib.util.find_spec("ensurepip") is not None
     print(f"creating {folder} with Python {sys.version.split()[0]} ...", flush=True)
