@@ -236,6 +236,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
     loop.loss_function = too_much
     with pytest.raises(OutOfMemoryError, match=r"2 x 7 tokens.*--micro-batch-size"):
         loop.run()
+    assert native.newest_whole(tmp_path, say=pytest.fail) == native.folder_of(tmp_path, 0)
 
 
 def test_evaluation_steps() -> None:

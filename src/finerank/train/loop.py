@@ -193,7 +193,7 @@ class TrainLoop:
             raise self.signals.interrupted(
                 f"stopped after step {self.state.step} of {self.plan.num_steps}; {self._where_to_resume()}"
             ) from None
-        except NumericsError:
+        except (NumericsError, OutOfMemoryError):
             self._save_now()
             raise
 
