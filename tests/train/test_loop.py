@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_fakes as fakes
 
+import train_fakes as fakes
 from finerank.checkpoints import native
 from finerank.errors import Interrupted, NumericsError
 from finerank.train import loop as loop_module
