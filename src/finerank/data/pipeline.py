@@ -126,6 +126,7 @@ def _map(tasks: Iterator[Task], maker: SampleMaker, workers: int) -> Iterator[tu
         for index, handler, rows in tasks:
             yield index, maker(handler, rows)
         return
+    maker.template.encoder.encode([""])  # what is computed once is computed before the workers are forked
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     with context.Pool(workers, initializer=_start_worker, initargs=(maker,)) as pool:

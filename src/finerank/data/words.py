@@ -17,6 +17,7 @@ All other texts go to the tokenizer. Words get their ids from the tokenizer itse
 before the cache is used at all, and one text in 64 is compared while it is used: a difference is a bug and stops.
 """
 
+import itertools
 import json
 import random
 import re
@@ -33,6 +34,22 @@ _LONGEST_WORD = 64
 _CHECK_EVERY = 64
 
 
+class _Words(dict[str, list[int]]):
+    """Word -> its ids, asked of the tokenizer at first sight."""
+
+    def __init__(self, backend: Any):
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self._backend.encode(word, add_special_tokens=False).ids
+        if len(word) <= _LONGEST_WORD:
+            if len(self) >= _MOST_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
 class WordCache:
     """Encodes texts word by word; see the module's docstring for when it may."""
 
@@ -40,8 +57,7 @@ class WordCache:
         self._backend = backend
         self._find = pattern.findall
         self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        self._special = {token: backend.token_to_id(token) for token in added}
-        self._ids: dict[str, list[int]] = {}
+        self._words = _Words(backend)
         self._count = 0
 
     @classmethod
@@ -55,44 +71,33 @@ class WordCache:
             return None
         contents = sorted((t["content"] for t in added), key=lambda t: (-len(t), t))
         cache = cls(backend, pattern, contents)
-        return cache if cache._agrees(_probe()) else None
+        probe = _probe()
+        return cache if [cache._ids(text) for text in probe] == cache._whole(probe) else None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, equal to the tokenizer's without added special tokens."""
-        words = [self._words(text) if text.isascii() or _KNOWN.fullmatch(text) else None for text in texts]
-        self._learn(words)
-        rest = [text for text, own in zip(texts, words, strict=True) if own is None]
-        encoded = iter(self._whole(rest) if rest else [])
-        ids = self._ids
-        found: list[list[int]] = []
-        for own in words:
-            found.append(next(encoded) if own is None else [i for word in own for i in ids[word]])
+        rest = [i for i, text in enumerate(texts) if not (text.isascii() or _KNOWN.fullmatch(text))]
+        if not rest:
+            found = list(map(self._ids, texts))
+        else:
+            whole = dict(zip(rest, self._whole([texts[i] for i in rest]), strict=True))
+            found = [whole[i] if i in whole else self._ids(text) for i, text in enumerate(texts)]
         self._check(texts, found)
         return found
 
-    def _words(self, text: str) -> list[str] | None:
-        """The words and added tokens of a text; None for one with words too long to keep."""
-        if self._added.search(text) is None:
-            words = self._find(text)
-        else:
-            words, at = [], 0
-            for match in self._added.finditer(text):
-                words += self._find(text[at : match.start()])
-                words.append(match[0])
-                at = match.end()
-            words += self._find(text[at:])
-        return words if max(map(len, words), default=0) <= _LONGEST_WORD else None
+    def _ids(self, text: str) -> list[int]:
+        words = self._find(text) if self._added.search(text) is None else self._cut(text)
+        return list(itertools.chain.from_iterable(map(self._words.__getitem__, words)))
 
-    def _learn(self, words: list[list[str] | None]) -> None:
-        known = self._ids
-        new = {word for own in words if own is not None for word in own if word not in known}
-        if not new:
-            return
-        if len(known) + len(new) > _MOST_WORDS:
-            known.clear()
-            new = {word for own in words if own is not None for word in own}
-        ordered = sorted(new)
-        known.update(zip(ordered, self._whole(ordered), strict=True))
+    def _cut(self, text: str) -> list[str]:
+        """The words and added tokens of a text, in order."""
+        words: list[str] = []
+        at = 0
+        for match in self._added.finditer(text):
+            words += self._find(text[at : match.start()])
+            words.append(match[0])
+            at = match.end()
+        return words + self._find(text[at:])
 
     def _whole(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -102,12 +107,6 @@ class WordCache:
         picked = range(-before % _CHECK_EVERY, len(texts), _CHECK_EVERY)
         for i, ids in zip(picked, self._whole([texts[i] for i in picked]), strict=True):
             assert ids == found[i], f"the word cache differs from the tokenizer on {texts[i]!r}"
-
-    def _agrees(self, texts: list[str]) -> bool:
-        words = [self._words(text) for text in texts]
-        self._learn(words)
-        joined = [[i for word in own for i in self._ids[word]] for own in words if own is not None]
-        return joined == self._whole([text for text, own in zip(texts, words, strict=True) if own is not None])
 
 
 def _pattern(state: dict[str, Any]) -> Any:

@@ -163,6 +163,8 @@ class SlotTemplate(Template):
             if system and self.spec.system_inside_user:
                 [slot] = self.spec.system
                 content = str(slot).replace("{{content}}", self.encoder.protect(system)) + content
+            elif system == self.spec.default_system and system:  # the same for most rows, so encoded once
+                pieces += self._default_system()
             elif system:
                 pieces += self._fill(self.spec.system, self.encoder.protect(system), index)
         else:
@@ -208,6 +210,12 @@ class SlotTemplate(Template):
             else:
                 pieces += self._constant(slot.replace("{{idx}}", str(index)))
         return pieces
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def _default_system(self) -> tuple[int, ...]:
+        pieces = self._fill(self.spec.system, self.encoder.protect(self.spec.default_system), 0)
+        [[turn]] = self.encode([[Turn(pieces, [])]])
+        return tuple(turn.source)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  templates live as long as the process
     def _constant(self, text: str) -> tuple[int, ...]:
