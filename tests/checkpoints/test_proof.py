@@ -38,7 +38,7 @@ def test_a_right_merge_shows_no_difference(kind: str, family: str, tmp_path: Pat
     adapter = peft.read_adapter(tmp_path / "adapter")
     proof = compare(base, adapter, merged_folder(base, adapter, tmp_path / "merged"))
     assert proof["reference"].startswith("base with the adapter's branch")
-    assert proof["num_prompts"] == 32 and proof["num_positions"] > 500
+    assert proof["num_prompts"] == 32 and proof["num_positions"] >= 500
     assert proof["mean_kl"] < 1e-9 and proof["max_logit_difference"] < 1e-4
     assert proof["greedy_agreement"] > 0.99
 

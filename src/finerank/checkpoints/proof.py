@@ -31,8 +31,9 @@ from finerank.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 32
-NUM_NEW_TOKENS = 16
-MAX_PROMPT_TOKENS = 64
+NUM_NEW_TOKENS = 8
+MAX_PROMPT_TOKENS = 24
+"""Prompts keep their last tokens; few and equal lengths let all of them run as a batch or two."""
 
 
 def fits_in_memory(base: BaseModel) -> bool:
@@ -94,7 +95,9 @@ def _prompts(base: BaseModel, merged: Path) -> tuple[list[Tensor], str]:
             if tokenizer.chat_template:
                 message = [{"role": "user", "content": text}]
                 text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            prompts.append(torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[-MAX_PROMPT_TOKENS:]))
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            length = min(len(ids) // 8 * 8 or len(ids), MAX_PROMPT_TOKENS)
+            prompts.append(torch.tensor(ids[-length:]))
         return prompts, "32 shipped prompts"
     vocab_size = int(base.config["vocab_size"])
     ids = torch.randint(0, vocab_size, (NUM_PROMPTS, 24), generator=torch.Generator().manual_seed(0))
