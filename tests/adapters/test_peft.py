@@ -197,7 +197,6 @@ def test_bytes_are_the_same_in_another_process(tmp_path):
 @pytest.mark.parametrize(
     "config, word",
     [
-        ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),

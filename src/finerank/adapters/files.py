@@ -31,10 +31,11 @@ from finerank.files import replace_file
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = "finerank_shared_lora_A"
 
+_NUM_DIMS = {"lora_A": 2, "lora_B": 2, "lora_magnitude_vector": 1}
+
 # Features of LoraConfig that change what the tensors mean and are not offered for a running model.
 _NEUTRAL: dict[str, Any] = {
     "bias": "none",
-    "use_dora": False,
     "lora_bias": False,
     "modules_to_save": None,
     "target_parameters": None,
@@ -145,6 +146,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         for name, layer in adapters.layers.items():
             layer.lora_A.copy_(layers[name]["lora_A"])
             layer.lora_B.copy_(layers[name]["lora_B"])
+            if layer.lora_magnitude_vector is not None:
+                layer.lora_magnitude_vector.copy_(layers[name]["lora_magnitude_vector"])
     return adapters
 
 
@@ -167,7 +170,7 @@ def _by_layer(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str
         name, _, part = key.removeprefix(FILE_PREFIX).removesuffix(".weight").rpartition(".")
         if part == "default":  # some programs keep PEFT's adapter name in the file
             name, _, part = name.rpartition(".")
-        if part not in ("lora_A", "lora_B") or tensor.dim() != 2:
+        if _NUM_DIMS.get(part) != tensor.dim():
             raise AdapterError(
                 f"{folder / TENSORS} holds {key}, which is neither a lora_A nor a lora_B of a linear; merge the "
                 "adapter into the base with PEFT, and load the merged model."
@@ -176,7 +179,7 @@ def _by_layer(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str
     if not layers:
         raise AdapterError(f"{folder / TENSORS} holds no adapter; train it again or give another folder.")
     for name, parts in layers.items():
-        if len(parts) != 2:
+        if not {"lora_A", "lora_B"} <= set(parts):
             raise AdapterError(f"{folder / TENSORS} lacks the other half of {name}.{next(iter(parts))}; copy it again.")
     return layers
 
@@ -191,7 +194,11 @@ def _check_shapes(
             raise AdapterError(
                 f"{folder} adapts {name}, which this model does not have (it has {short_names(linears)}); load {base}."
             )
-        a, b = parts["lora_A"], parts["lora_B"]
+        a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
+        if bool(config.get("use_dora")) != (magnitude is not None):
+            raise AdapterError(f"{folder}: use_dora in {CONFIG} and the tensors of {name} disagree; copy it again.")
+        if magnitude is not None and magnitude.shape[0] != b.shape[0]:
+            raise AdapterError(f"{folder}: {name} has {magnitude.shape[0]} magnitudes for {b.shape[0]} features.")
         wanted = weight_OI(model.get_submodule(name)).shape
         if (b.shape[0], a.shape[1]) != tuple(wanted):
             raise AdapterError(

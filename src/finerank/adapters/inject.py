@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from finerank.adapters.dora import add_magnitude
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
 from finerank.adapters.lu_lora import local_targets
@@ -63,6 +64,8 @@ class AdapterSet:
             for part in ("lora_A", "lora_B"):
                 parameter = getattr(layer, part)
                 named.setdefault(id(parameter), (f"{FILE_PREFIX}{name}.{part}.weight", parameter))
+            if (magnitude := layer.lora_magnitude_vector) is not None:
+                named[id(magnitude)] = (f"{FILE_PREFIX}{name}.lora_magnitude_vector", magnitude)
         return list(named.values())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -75,6 +78,8 @@ class AdapterSet:
         for name, layer in self.layers.items():
             tensors[f"{FILE_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
             tensors[f"{FILE_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+            if layer.lora_magnitude_vector is not None:
+                tensors[f"{FILE_PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
         return dict(sorted(tensors.items()))
 
     @property
@@ -151,6 +156,7 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
         lora_alpha=_whole(settings.lora_alpha),
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         target_modules=peft_target_modules(model, targets),
         rank_pattern={pattern: int(rank) for pattern, rank in ranks.items()},
         alpha_pattern={pattern: _whole(alpha) for pattern, alpha in alphas.items()},
@@ -175,6 +181,8 @@ def _check(settings: AdapterSettings) -> None:
         if not (math.isfinite(alpha) and alpha > 0):
             where = name if name.startswith("--") else f"--lora-alpha-pattern {name}"
             raise ConfigError(f"{where} is {alpha:g}; with it the adapter would change nothing: give e.g. 32.")
+    if settings.use_dora and settings.lu_lora_final_layer_index is not None:
+        raise ConfigError("--use-dora and --lu-lora-final-layer-index exclude each other; give one of them.")
     if not 0.0 <= settings.lora_dropout < 1.0:
         raise ConfigError(f"--lora-dropout is {settings.lora_dropout:g}; it must be at least 0 and below 1.")
 
@@ -254,6 +262,8 @@ def place_adapters(
             )
         lora_B = nn.Parameter(torch.zeros(weight.shape[0], shape.rank, device=weight.device), requires_grad=trainable)
         layer = LoRALinear(base, lora_A, lora_B, scale=shape.scale, dropout=config["lora_dropout"])
+        if config["use_dora"]:
+            add_magnitude(layer)
         layer.train(base.training)
         _put(model, target.name, layer)
         layers[target.name] = layer
@@ -277,6 +287,7 @@ def _join(layers: Mapping[str, LoRALinear]) -> None:
     for parent in parents:
         for names in SHARED_INPUTS:
             together = [layers[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in layers]
+            together = [layer for layer in together if layer.lora_magnitude_vector is None]
             if len(together) > 1 and len({layer.in_features for layer in together}) == 1:
                 SharedInput(together)
 

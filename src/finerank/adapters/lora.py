@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from finerank.adapters.dora import direction_norm
 from finerank.adapters.low_rank import Member, adapted_linear, weight_OI
 from finerank.errors import AdapterError
 
@@ -49,6 +50,8 @@ class LoRALinear(nn.Module):
         self.is_active = True
         self.shared_input: SharedInput | None = None
         self.local: Local | None = None
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        """DoRA's magnitudes [O]; None for LoRA."""
 
     @property
     def weight(self) -> Tensor:
@@ -83,11 +86,23 @@ class LoRALinear(nn.Module):
             return self.local.output(self, x)
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
-        return apply_lora([self], x)[0]
+        y = apply_lora([self], x)[0]
+        return y if self.lora_magnitude_vector is None else self._with_magnitude(y)
+
+    def _with_magnitude(self, y: Tensor) -> Tensor:
+        """DoRA: `m / ||V|| * V x + b` from `V x + b`."""
+        assert self.lora_magnitude_vector is not None
+        rescale_O = (self.lora_magnitude_vector / direction_norm(self)).to(y.dtype)
+        return y * rescale_O if self.bias is None else (y - self.bias) * rescale_O + self.bias
 
     def delta_weight(self) -> Tensor:
-        """`scale * B A` in fp32, [O, I]."""
-        return (self.lora_B.detach().float() @ self.lora_A.detach().float()).mul_(self.scale)
+        """What the adapter adds to the base's weight, fp32 [O, I]: `scale * B A`, or all that DoRA changes."""
+        change_OI = (self.lora_B.detach().float() @ self.lora_A.detach().float()).mul_(self.scale)
+        if self.lora_magnitude_vector is None:
+            return change_OI
+        weight = weight_OI(self.base_layer).float()
+        rescale_O = self.lora_magnitude_vector.detach().float() / direction_norm(self)
+        return change_OI.add_(weight).mul_(rescale_O[:, None]).sub_(weight)
 
     @torch.no_grad()
     def merge_(self) -> None:

@@ -37,6 +37,7 @@ class AdapterSettings(LocalSettings):
     lora_alpha: float = setting(32.0, help="scale: the change is multiplied by alpha / r")
     lora_dropout: float = setting(0.0, help="dropout on the adapters' input")
     use_rslora: bool = setting(False, help="rank-stabilised scale alpha / sqrt(r)")
+    use_dora: bool = setting(False, help="DoRA: train each output feature's magnitude apart from its direction")
     lora_rank_pattern: dict[str, int] = setting({}, help="rank by module name or regular expression, e.g. down_proj=32")
     lora_alpha_pattern: dict[str, float] = setting({}, help="alpha by module name or regular expression")
     loraplus_lr_ratio: float | None = setting(None, help="LoRA+: learning rate of lora_B over that of lora_A, e.g. 16")

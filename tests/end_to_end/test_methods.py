@@ -1,0 +1,94 @@
+"""LU-LoRA, QLoRA, DoRA and LoRA+ through `finerank tune`: they learn, resume exactly, and merge."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from finerank import cli
+from finerank.files import sha256_file
+from tiny import save_tiny
+
+FAST = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
+FAST += ["--lr", "0.02", "--global-batch-size", "8", "--val-set-size", "8", "--save-interval-minutes", "0"]
+
+LU = ["--lu-lora-final-layer-index", "1"]
+METHODS = {
+    "lora": [],
+    "feedback": [*LU, "--lu-lora-r", "8"],
+    "frozen": [*LU, "--lu-lora-rule", "frozen"],
+    "mindspeed": [*LU, "--lu-lora-rule", "mindspeed", "--lu-lora-lr", "1e-3"],
+    "dora": ["--use-dora"],
+    "loraplus": ["--loraplus-lr-ratio", "4"],
+    "4bit": ["--load-4bit"],
+    "8bit-feedback": ["--load-8bit", *LU],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads gain nothing on a model this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "llama", "llama", num_hidden_layers=4, hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
+    made = [{"instruction": f"Say {words[i % 8]}.", "output": f"{words[i % 8]} {i // 8}"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
+    return cli.main(["tune", "--load", str(base), "--data-path", str(rows), "--output-dir", str(run), *FAST, *flags])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns_and_resumes_exactly(base: Path, rows: Path, tmp_path: Path, method: str):
+    if method == "4bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    flags = [*METHODS[method], "--train-iters", "10"]
+    assert tune(base, rows, tmp_path / "whole", *flags, "--save-interval", "4", "--keep-last", "9") == 0
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["after_eval_loss"] < 0.9 * results["before_eval_loss"]
+    middle = tmp_path / "whole" / "checkpoint-4"
+    assert tune(base, rows, tmp_path / "again", *flags, "--resume", str(middle)) == 0
+    file = "adapter_model.safetensors"
+    assert sha256_file(tmp_path / "whole" / file) == sha256_file(tmp_path / "again" / file)
+
+
+@pytest.mark.parametrize("method", ["feedback", "dora", "4bit"])
+def test_run_merges_into_the_whole_base(base: Path, rows: Path, tmp_path: Path, method: str):
+    if method == "4bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    assert tune(base, rows, tmp_path / "run", *METHODS[method], "--train-iters", "6") == 0
+    assert cli.main(["merge", str(tmp_path / "run"), "--save-dir", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "merge_report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lu-lora-final-layer-index", "3"], "give 0 to 2"),
+        (["--lu-lora-lr", "1e-3"], "no effect without --lu-lora-final-layer-index"),
+        (["--load-4bit", "--load-8bit"], "exclude each other"),
+        (["--loraplus-lr-ratio", "0"], "must be above 0"),
+        (["--lu-lora-final-layer-index", "1", "--lu-lora-rule", "hebb"], "Unknown choice 'hebb'"),
+    ],
+)
+def test_bad_flags_are_one_sentence(
+    base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+):
+    assert tune(base, rows, tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
