@@ -3,7 +3,7 @@
     finerank quickstart
 
 Gets the default model, tunes it with LoRA on rows about finerank, measures the loss on held-out paraphrases before and
-after, merges, lets the base and the merged model answer the same three prompts, and writes a report. About four
+after, merges, lets the base and the merged model answer the same three held-out prompts, and writes a report. A few
 minutes on two cores.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from finerank.config import setting
 
-PROMPTS = ("Who are you?", "What does finerank merge do?", "你是谁？")
+PROMPTS = ("Please introduce yourself in a sentence.", "How can I talk to the model I tuned?", "请问你是谁？")
+"""Held-out paraphrases: the tuned model has not seen these words."""
 _ROWS = "about_finerank.json"
 _HELD_OUT_ROWS = "about_finerank_held_out.json"
 
@@ -26,7 +27,7 @@ class Settings:
 
     output_dir: str = setting("runs/quickstart", help="folder for the run, the merged model and the report")
     load: str = setting("smollm2-135m", help="base model", flags=("--base-model",))
-    num_epochs: float = setting(4.0, help="passes over the rows")
+    num_epochs: float = setting(6.0, help="passes over the rows")
     lr: float = setting(1e-3, help="peak learning rate")
     device: str = setting("auto", help="cpu, cuda, cuda:N, mps or auto")
 
@@ -70,7 +71,7 @@ def _tune_settings(settings: Settings, adapter: Path):  # type: ignore[no-untype
         lr=settings.lr,
         lr_warmup_fraction=0.1,
         global_batch_size=8,
-        eval_interval=25,
+        eval_interval=30,
         seq_length=512,
     )
 
