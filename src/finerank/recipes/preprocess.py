@@ -80,6 +80,7 @@ def run(settings: Settings) -> int:
         train_on_prompt=settings.train_on_prompt,
         append_eod=settings.append_eod,
         megatron=True,
+        neat_pack=settings.neat_pack,
         pairwise=kind == "pairwise",
     )
     started = time.monotonic()
