@@ -53,6 +53,11 @@ class Settings:
     lora_r: int | None = setting(None, help="checked against the adapter")
     lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
     lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")
+    base_precision: str = setting(
+        "trained",
+        choices=("trained", "original", "4bit", "8bit"),
+        help="base to merge onto: as the run trained it (QLoRA: dequantised), the original, or as named",
+    )
     proof: str = setting("auto", choices=("auto", "full", "weights"), help="as in finerank merge")
     max_kl: float = setting(0.01, help="mean KL in nats between base with adapter and merged model; over it, status 3")
     overwrite: bool = setting(False, help="replace --save-dir even when finerank did not write what is in it")
@@ -64,6 +69,7 @@ def run(settings: Settings) -> int:
     from finerank.checkpoints.open import named_base, open_adapter, open_base
     from finerank.checkpoints.output import output_folder
     from finerank.checkpoints.preflight import blocking, fold, preflight
+    from finerank.checkpoints.quantized_base import base_as_trained
     from finerank.checkpoints.report import describe, verdict
 
     if (settings.run is None) == (settings.lora_load is None):
@@ -71,6 +77,8 @@ def run(settings: Settings) -> int:
     adapter_folder = Path(settings.run or settings.lora_load or "")
     base_name = settings.load or named_base(adapter_folder)
     base = open_base(base_name)
+    if not export.writes_adapter(settings):
+        base = base_as_trained(base, adapter_folder, settings.base_precision)
     adapter = open_adapter(
         adapter_folder,
         hf_config=base.config,

@@ -32,6 +32,11 @@ class Settings:
     lora_r: int | None = setting(None, help="checked against the adapter")
     lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
     lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")
+    base_precision: str = setting(
+        "trained",
+        choices=("trained", "original", "4bit", "8bit"),
+        help="base to merge onto: as the run trained it (QLoRA: dequantised), the original, or as named",
+    )
     proof: str = setting(
         "auto",
         choices=("auto", "full", "weights"),
@@ -47,13 +52,14 @@ def run(settings: Settings) -> int:
     from finerank.checkpoints.merge import merged_model, plan_merge
     from finerank.checkpoints.open import named_base, open_adapter, open_base
     from finerank.checkpoints.output import check_output, output_folder
+    from finerank.checkpoints.quantized_base import base_as_trained
     from finerank.checkpoints.report import describe, merge_report, verdict
 
     if (settings.run is None) == (settings.lora_load is None):
         raise ConfigError("Name the adapter once: finerank merge RUN --save-dir OUT, or with --lora-load ADAPTER.")
     adapter_folder = Path(settings.run or settings.lora_load or "")
     base_name = settings.load or named_base(adapter_folder)
-    base = open_base(base_name)
+    base = base_as_trained(open_base(base_name), adapter_folder, settings.base_precision)
     adapter = open_adapter(
         adapter_folder,
         hf_config=base.config,
@@ -70,7 +76,7 @@ def run(settings: Settings) -> int:
         hf.write(merged, folder)
         hf.copy_tokenizer(adapter_folder, folder)
         report = merge_report(base, adapter, merged, folder, proof=settings.proof, max_kl=settings.max_kl)
-        report.update(base=base_name, adapter=str(adapter_folder), notes=list(plan.notes))
+        report.update(base=base_name, adapter=str(adapter_folder), notes=[*base.notes, *plan.notes])
         hf.write_json(folder / "merge_report.json", report)
     print(f"{describe(report)}\nmerged model in {target}")
     problem = verdict(report)
