@@ -21,13 +21,15 @@ def main(folder: str) -> int:
         print(f"the pinned packages need Python 3.11 to 3.13, not {found}: run make with PYTHON=/path/to/python3.11,")
         print("or, with Python 3.10, install finerank with pip: pip install .")
         return 1
+    python = Path(folder) / "bin" / "python"
+    if python.exists() and subprocess.call([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0:
+        return 0  # a working environment is kept: something may be running from it
     has_ensurepip = importlib.util.find_spec("ensurepip") is not None
     print(f"creating {folder} with Python {sys.version.split()[0]} ...", flush=True)
     venv.EnvBuilder(with_pip=has_ensurepip, clear=True, symlinks=True).create(folder)
     if has_ensurepip:
         return 0
     wheel = next(Path(__file__).parent.glob("pip-*.whl"))
-    python = Path(folder) / "bin" / "python"
     return subprocess.call([python, f"{wheel}/pip", "install", "--quiet", "--no-index", str(wheel)])
 
 
