@@ -340,3 +340,14 @@ def test_vocabulary_padding_is_recorded(tmp_path: Path) -> None:
     args = megatron.MegatronCheckpoint.open(tmp_path).args
     assert (args["vocab_size"], args["padded_vocab_size"]) == (VOCAB_SIZE, 512)
     assert json.loads(args["finerank_hf_config"])["model_type"] == "llama"
+
+
+@pytest.mark.slow
+def test_the_real_model_comes_back_bit_equal_from_three_ranks(smollm2: Path, tmp_path: Path) -> None:
+    model = hf.read(smollm2)
+    for form, split in ((mcore, {"tp": 3, "pp": 2, "divisible_by": 128}), (legacy, {"tp": 3, "num_layer_list": [30]})):
+        folder = tmp_path / form.__name__
+        folder.mkdir()
+        form.write(model, folder, target=megatron.Target(**split))
+        assert_same(form.read(folder).weights, model.weights)
+        shutil.rmtree(folder)
