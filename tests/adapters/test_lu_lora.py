@@ -183,7 +183,8 @@ class TestFeedback:
         seen: list[Tensor] = []
         name = "model.layers.0.mlp.down_proj"
         layer = adapters.layers[name]
-        assert layer.rank == 8 and adapters.layers["model.layers.3.mlp.down_proj"].rank == 4
+        upper = adapters.layers["model.layers.3.mlp.down_proj"]
+        assert (layer.rank, upper.rank) == (8, 4) and layer.scale == upper.scale == 8.0
         layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)) and None)
         for step in range(feedback.PCA_STEPS):
             seen.clear()

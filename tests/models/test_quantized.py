@@ -14,7 +14,7 @@ from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
 from finerank.errors import AdapterError, ConfigError, MissingExtraError, ModelError
 from finerank.models.load import load_model
-from finerank.models.quantized import QuantizedLinear
+from finerank.models.quantized import QuantizedLinear, num_weights
 from finerank.models.settings import ModelSettings
 from tiny import save_tiny, tiny_model
 
@@ -88,6 +88,7 @@ def test_every_linear_but_the_head_is_quantised_while_loading(folder: Path, bits
     plain = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert len(quantized) == 14 and plain == {"lm_head"}
     reference = load(folder)
+    assert num_weights(model) == num_weights(reference) == sum(p.numel() for p in reference.parameters())
     for name in quantized:
         mine = model.get_submodule(name)
         wanted = QuantizedLinear.of(reference.get_submodule(name).weight, bits=bits)

@@ -35,6 +35,7 @@ from finerank.adapters.targets import (
     peft_target_modules,
 )
 from finerank.errors import AdapterError, ConfigError
+from finerank.models.quantized import num_weights
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,7 @@ class AdapterSet:
 
     def describe(self) -> str:
         """One line for the log."""
-        base = {id(p): p.numel() for p in self.model.parameters()}
-        share = self.num_parameters / max(sum(base.values()) - self.num_parameters, 1)
+        share = self.num_parameters / max(num_weights(self.model) - self.num_parameters, 1)
         ranks = sorted({layer.rank for layer in self.layers.values()})
         # not the config's target_modules, which PEFT may have written as a regular expression
         names = sorted({name.rpartition(".")[2] for name in self.layers})
@@ -149,6 +149,10 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
     targets, local_ranks = local_targets(model, find_targets(model, settings.lora_target_modules), settings)
     ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern") | local_ranks
     alphas = expand_patterns(settings.lora_alpha_pattern, targets, flag="--lora-alpha-pattern")
+    # the local layers' own rank shall not change their scale
+    grown = (settings.lu_lora_r or settings.lora_r) / settings.lora_r
+    local_alpha = settings.lora_alpha * (math.sqrt(grown) if settings.use_rslora else grown)
+    alphas = dict(alphas) | dict.fromkeys(local_ranks, local_alpha)
     modules = dict(model.named_modules())
     _warn_of_fused_experts(modules, settings)
     config = new_config(

@@ -137,6 +137,12 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
+def num_weights(model: nn.Module) -> int:
+    """Parameters of a model, packed ones counted as what they stand for."""
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
 class _QuantizedProduct(torch.autograd.Function):
     """`x W^T + b` that keeps neither x nor the dequantised W."""
 

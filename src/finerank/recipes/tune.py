@@ -220,8 +220,10 @@ def _start_or_resume(
 def _announce(
     settings: Settings, loaded: "LoadedModel", adapters: "AdapterSet", plan: "BatchPlan", splits: "Splits"
 ) -> None:
+    from finerank.models.quantized import num_weights
+
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    total = sum(p.numel() for p in loaded.model.parameters())
+    total = num_weights(loaded.model)
     held_out = len(splits.valid) if splits.valid is not None else 0
     _say(f"{loaded.source.name}: {total / 1e6:.1f} M parameters in {dtype} on {loaded.model.device}")
     _say(f"{len(splits.train)} rows, {held_out} held out; {plan.num_steps} steps of {settings.global_batch_size} rows")
