@@ -20,7 +20,7 @@ class LocalSettings:
         None, help="LU-LoRA: learning rate of lora_A; default 1.25e-6, or --lr under the feedback rule"
     )
     lu_lora_lr_ratio: float | None = setting(
-        None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 3 under the feedback rule"
+        None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 0.75 under the feedback rule"
     )
     lu_lora_freeze_after: int | None = setting(None, help="LU-LoRA: steps after which the local layers stop learning")
 

@@ -24,7 +24,7 @@ from finerank.adapters.lora import LoRALinear
 from finerank.errors import AdapterError
 
 PCA_STEPS = 3
-"""Steps in which A is found; measured in docs/methods/lu_lora.md."""
+"""Steps in which A is found."""
 
 
 class RULE(LocalRule):
@@ -33,7 +33,7 @@ class RULE(LocalRule):
     needs_error = True
     learns_by_optimizer = True
     only_into_residual = True
-    default_ratio = 3.0
+    default_ratio = 0.75  # with alpha = 2 r, 3 is worse than frozen layers; see docs/methods/lu_lora.md
 
     def begin_step(self, step: int) -> None:
         """Start new sums."""
