@@ -36,6 +36,7 @@ def setting(
     choices: Sequence[str] | None = None,
     positional: bool = False,
     split: bool = True,
+    words: Sequence[str] = (),
 ) -> Any:
     """A dataclass field with what the command line needs.
 
@@ -46,8 +47,10 @@ def setting(
         choices: the allowed values of a string setting.
         positional: taken without a flag name (at most one a verb).
         split: a list on the command line may be written `a,b`; False where the items are free text.
+        words: texts that a number may be instead, e.g. `("auto",)`.
     """
     metadata = {"help": help, "flags": tuple(flags), "choices": choices, "positional": positional, "split": split}
+    metadata["words"] = tuple(words)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -205,7 +208,9 @@ def _pairs(name: str, value: Any, kind: Any, field: Field) -> dict[str, Any]:
 def _scalar(name: str, value: Any, kind: Any, field: Field) -> Any:
     if isinstance(value, list | dict | tuple | set) or value is None:
         raise ConfigError(f"{flag_name(name)}: {value!r} is not one value; write one.")
-    choices = field.metadata.get("choices")
+    choices, others = field.metadata.get("choices"), field.metadata.get("words", ())
+    if isinstance(value, str) and value in others:
+        return value
     if kind is str and isinstance(value, bool):  # YAML reads yes, no, on, off and true as booleans
         value = str(value).lower()
         if not choices or value not in choices:
@@ -216,7 +221,8 @@ def _scalar(name: str, value: Any, kind: Any, field: Field) -> Any:
         )
     except (ValueError, TypeError, OverflowError) as error:
         words = {int: "a whole number", float: "a number", bool: "true or false"}
-        raise ConfigError(f"{flag_name(name)} needs {words.get(kind, kind.__name__)}, not {value!r}.") from error
+        wanted = " or ".join([words.get(kind, kind.__name__), *others])
+        raise ConfigError(f"{flag_name(name)} needs {wanted}, not {value!r}.") from error
     if choices and converted not in choices:
         raise ConfigError(f"{flag_name(name)}: {unknown_name('choice', str(converted), choices)}")
     return converted

@@ -9,6 +9,7 @@ rows it would have seen. Packed, the samples of a global batch fill as few token
 are sorted by length first, so that little is padded.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -91,6 +92,16 @@ def eval_batches(
             yield batch
 
 
+def heaviest_batch(dataset: TokenDataset, settings: BatchSettings, num_rows: int, *, pad_token_id: int = 0) -> Batch:
+    """The micro-batch of `num_rows` samples that takes most memory: the longest ones, every token trained."""
+    rows = np.argsort(-dataset.lengths, kind="stable")[:num_rows].tolist()
+    if settings.pack:
+        batch = packed_batch(dataset, rows)
+    else:
+        batch = padded_batch(dataset, rows, length=_padded_length(dataset, rows, settings), pad_token_id=pad_token_id)
+    return dataclasses.replace(batch, target_ids=batch.input_ids)
+
+
 def packed_batch(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
     """Samples one after the other in one row, without attention between them."""
     lengths = dataset.lengths[list(rows)]
@@ -129,25 +140,28 @@ def padded_batch(dataset: TokenDataset, rows: Sequence[int], *, length: int, pad
 def _micro_batches(
     dataset: TokenDataset, rows: Sequence[int], settings: BatchSettings, pad_token_id: int
 ) -> list[Batch]:
-    lengths = dataset.lengths
+    lengths, most = dataset.lengths, settings.micro_batch_size
+    assert most != "auto"  # see `_check`
     if settings.pack:
-        packs = best_fit(
-            [int(lengths[row]) for row in rows], settings.micro_batch_tokens, most=settings.micro_batch_size
-        )
+        packs = best_fit([int(lengths[row]) for row in rows], settings.micro_batch_tokens, most=most)
         return [packed_batch(dataset, [rows[i] for i in pack]) for pack in packs]
-    size = settings.micro_batch_size or 1
+    size = most or 1
     ordered = sorted(rows, key=lambda row: -int(lengths[row]))
     batches = []
     for start in range(0, len(ordered), size):
         own = ordered[start : start + size]
-        longest = int(lengths[own].max())
-        if not settings.variable_seq_lengths:
-            assert isinstance(settings, RowSettings)
-            longest = settings.seq_length
-        multiple = settings.pad_to_multiple_of
-        length = math.ceil(longest / multiple) * multiple
+        length = _padded_length(dataset, own, settings)
         batches.append(padded_batch(dataset, own, length=length, pad_token_id=pad_token_id))
     return batches
+
+
+def _padded_length(dataset: TokenDataset, rows: Sequence[int], settings: BatchSettings) -> int:
+    longest = int(dataset.lengths[list(rows)].max())
+    if not settings.variable_seq_lengths:
+        assert isinstance(settings, RowSettings)
+        longest = settings.seq_length
+    multiple = settings.pad_to_multiple_of
+    return math.ceil(longest / multiple) * multiple
 
 
 def _shifted(labels: np.ndarray) -> np.ndarray:
@@ -158,5 +172,7 @@ def _shifted(labels: np.ndarray) -> np.ndarray:
 def _check(settings: BatchSettings) -> None:
     for name in ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "pad_to_multiple_of"):
         value = getattr(settings, name)
+        if value == "auto":
+            raise ConfigError("--micro-batch-size auto is found by finerank tune alone; give a number here.")
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")

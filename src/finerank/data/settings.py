@@ -1,7 +1,7 @@
 """Settings of the data pipeline; defaults only here."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finerank.config import setting
 
@@ -49,8 +49,11 @@ class BatchSettings:
     """How samples become global batches and micro-batches."""
 
     global_batch_size: int = setting(16, help="samples per optimizer step", flags=("--batch-size",))
-    micro_batch_size: int | None = setting(
-        None, help="most samples per forward pass; packed: as many as fit the token budget, padded: 1"
+    micro_batch_size: int | Literal["auto"] | None = setting(
+        None,
+        words=("auto",),
+        help="most samples per forward pass; packed: as many as fit the token budget, padded: 1; "
+        "auto: the most that memory holds (packed: sets --micro-batch-tokens)",
     )
     micro_batch_tokens: int = setting(2048, help="token budget of a packed micro-batch; never below the longest sample")
     pack: bool = setting(True, help="pack samples without attention between them")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finerank.adapters.inject import AdapterSet
+    from finerank.checkpoints.native import Checkpoint
     from finerank.data.dataset import Splits
     from finerank.data.loader import BatchPlan
     from finerank.data.templates import Template
@@ -87,16 +88,20 @@ def run(settings: Settings) -> int:
             use_deterministic_kernels(loaded.model.device)
         if settings.pack:
             use_packed_attention(loaded.model)
+        checkpoint = _checkpoint(settings, folder)
         template = load_template(settings, loaded.tokenizer)
         splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed)
-        plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
-        held_out = _held_out(settings, splits, _pad_id(loaded))
-        base_loss = evaluate_loss(loaded.model, held_out()) if held_out and settings.lora_load else None
+        base_loss = None
+        if settings.lora_load and (held_out := _held_out(_without_auto(settings), splits, _pad_id(loaded))):
+            base_loss = evaluate_loss(loaded.model, held_out())
         adapters = _make_adapters(loaded.model, settings)
+        # before weights are restored: the head is chosen by comparing outputs, and a resumed run must choose the same
+        verified_head(loaded.model)
+        if settings.micro_batch_size == "auto":
+            settings = _with_found_split(settings, loaded, splits, checkpoint)
+        plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
         local = start_local_learning(adapters, settings, lr=settings.lr, seed=settings.seed)
         speed_up_B(adapters, settings.loraplus_lr_ratio)
-        # before any dropout: the head is chosen by comparing outputs, and a resumed run must choose the same
-        verified_head(loaded.model)
         loop = TrainLoop(
             loaded.model,
             adapters,
@@ -105,11 +110,11 @@ def run(settings: Settings) -> int:
             folder=folder,
             origin=_origin(settings, loaded, template, splits),
             adapter_files=lambda: adapter_files(adapters, base_model_name=loaded.source.name),
-            held_out=held_out,
+            held_out=_held_out(settings, splits, _pad_id(loaded)),
             lr_ratios=adapters.lr_ratios,
             local=local,
         )
-        _start_or_resume(loop, settings, folder, template, splits)
+        _start_or_resume(loop, settings, folder, checkpoint, template, splits)
         _announce(settings, loaded, adapters, plan, splits)
         state = loop.run()
         if settings.final_adapter == "best":
@@ -194,15 +199,46 @@ def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", spl
     return origin_of(config.to_dict(settings), digests=digests, environment=environment)
 
 
-def _start_or_resume(
-    loop: "TrainLoop", settings: Settings, folder: Path, template: "Template", splits: "Splits"
-) -> None:
-    """Restore what `--resume` names, or clear the place; then write down what this run is."""
+def _checkpoint(settings: Settings, folder: Path) -> "Checkpoint | None":
+    """What `--resume` names, of a folder cleared of what a killed run left half written."""
     from finerank.files import remove_leftovers
-    from finerank.train import resume, run_folder
+    from finerank.train import resume
 
     remove_leftovers(folder)
-    checkpoint = resume.find_checkpoint(settings.resume, folder, say=_say) if settings.resume else None
+    return resume.find_checkpoint(settings.resume, folder, say=_say) if settings.resume else None
+
+
+def _without_auto(settings: Settings) -> Settings:
+    """For the forward passes before the split is found: small ones."""
+    if settings.micro_batch_size != "auto":
+        return settings
+    return dataclasses.replace(settings, micro_batch_size=None)
+
+
+def _with_found_split(
+    settings: Settings, loaded: "LoadedModel", splits: "Splits", checkpoint: "Checkpoint | None"
+) -> Settings:
+    """`--micro-batch-size auto` replaced by what fits; a resumed run goes on with what it found at its start."""
+    from finerank.train.fit import find_split, stored_split
+
+    found = stored_split(checkpoint, Path(settings.output_dir), settings) if settings.resume else None
+    if found is None:
+        found, sentence = find_split(loaded.model, splits.train, settings, pad_token_id=_pad_id(loaded))
+        _say(sentence)
+    return dataclasses.replace(settings, **found)
+
+
+def _start_or_resume(
+    loop: "TrainLoop",
+    settings: Settings,
+    folder: Path,
+    checkpoint: "Checkpoint | None",
+    template: "Template",
+    splits: "Splits",
+) -> None:
+    """Restore what `--resume` names, or clear the place; then write down what this run is."""
+    from finerank.train import resume, run_folder
+
     if checkpoint is not None:
         resume.check_origin(checkpoint, loop.origin, anyway=settings.resume_anyway, say=_say)
         loop.restore(checkpoint)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from finerank.checkpoints.native import Checkpoint, drop_newer, read_checkpoint
 from finerank.data.types import Batch
-from finerank.errors import CheckpointError, DataError, FinerankError, NumericsError, StorageError
+from finerank.errors import CheckpointError, DataError, NumericsError, StorageError
 from finerank.train.held_out import LossFunction, batch_loss_sum, evaluate_loss
-from finerank.train.memory import explain, is_out_of_memory, peak_memory_bytes
+from finerank.train.memory import OutOfMemoryError, explain, is_out_of_memory, peak_memory_bytes
 from finerank.train.metrics import FILE_NAME, Metrics, open_trackers, read_metrics
 from finerank.train.nonfinite import find_nonfinite, write_replay
 from finerank.train.optim import (
@@ -259,7 +259,7 @@ class TrainLoop:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(explain(self.model, batch, packed=batch.cu_seqlens is not None)) from error
+                raise OutOfMemoryError(explain(self.model, batch, device=self.device)) from error
             total += loss.detach().double()
             self.signals.check()
         return total.item() / trained_tokens
@@ -368,12 +368,6 @@ class TrainLoop:
             f"{message}{many} See it again with finerank tune --config {self.folder / 'config.yaml'} "
             f"--replay {replay}; lower --lr, correct those rows, or use --on-nonfinite skip."
         )
-
-
-class OutOfMemoryError(FinerankError, MemoryError):
-    """A micro-batch does not fit into memory; the message says what took it and which setting needs less."""
-
-    exit_code = 3
 
 
 def _listed(rows: Iterable[int], most: int = 16) -> str:

@@ -1,12 +1,21 @@
-"""Memory: the peak so far, and what to say when there is not enough."""
+"""Memory: the peak so far, what is free, and what to say when there is not enough."""
 
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from finerank.data.types import Batch
+from finerank.errors import FinerankError
+
+
+class OutOfMemoryError(FinerankError, MemoryError):
+    """A micro-batch does not fit into memory; the message says what took it and which setting needs less."""
+
+    exit_code = 3
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -17,23 +26,76 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
+def available_memory_bytes(control_group: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Main memory that this process may still take: what the system can give, cut to its control group's limit."""
+    free = _meminfo_available(meminfo)
+    if free is None:
+        names = ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")  # macOS knows the second only
+        pages = next(os.sysconf(name) for name in names if name in os.sysconf_names)
+        free = pages * os.sysconf("SC_PAGE_SIZE")
+    left = _control_group_left(control_group)
+    return max(0, free if left is None else min(free, left))
+
+
+def _meminfo_available(path: Path) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _control_group_left(folder: Path) -> int | None:
+    """Limit less use, where file cache that can be dropped is not use; v2, then v1. None without a limit."""
+    versions = (
+        (folder, "memory.max", "memory.current", "inactive_file"),
+        (folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for place, limit, used, cached in versions:
+        try:
+            most = int((place / limit).read_text())  # "max" is no number: no limit
+            held = int((place / used).read_text())
+            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            return most - held + int(stat.get(cached, 0))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator has no class of its own for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def explain(model: nn.Module, batch: Batch, *, packed: bool) -> str:
-    """One sentence: what the memory went to, and which settings need less."""
+def explain(model: nn.Module, batch: Batch, *, device: torch.device) -> str:
+    """One sentence: what the memory went to, and which setting needs less."""
     base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     b, t = batch.input_ids.shape
-    smaller = "--micro-batch-tokens" if packed else "--micro-batch-size"
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        rest = f"activations {mib(max(0, held - base - 4 * trained))} of the GPU's {mib(total)}"
+    else:
+        rest = f"the rest are activations, and {mib(available_memory_bytes())} are free"
     return (
-        f"Out of memory on a micro-batch of {b} x {t} tokens: the base model takes {_mib(base)}, the adapters with "
-        f"gradients and optimizer state {_mib(4 * trained)}, the rest are activations, which shrink with {smaller} "
-        "(the result stays the same) or --seq-length."
+        f"Out of memory on a micro-batch of {b} x {t} tokens: the base model takes {mib(base)}, the adapters with "
+        f"gradients and optimizer state {mib(4 * trained)}, {rest}; {_smaller(batch)}."
     )
 
 
-def _mib(num_bytes: int) -> str:
+def _smaller(batch: Batch) -> str:
+    """The setting that halves the micro-batch."""
+    b, t = batch.input_ids.shape
+    same = "or let --micro-batch-size auto find the most that fits (the result stays the same)"
+    if batch.cu_seqlens is not None and len(batch.cu_seqlens) > 2:
+        longest = int(batch.cu_seqlens.diff().max())
+        return f"try --micro-batch-tokens {max(longest, t // 2)}, {same}"
+    if b > 1:
+        return f"try --micro-batch-size {b // 2}, {same}"
+    return f"it is one row, so only shorter rows need less: try --seq-length {max(1, t // 2)}"
+
+
+def mib(num_bytes: float) -> str:
+    """`123 MiB`."""
     return f"{num_bytes / 2**20:.0f} MiB"
