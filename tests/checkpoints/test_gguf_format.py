@@ -63,11 +63,12 @@ def test_the_stored_adapter_is_what_llama_cpp_multiplies(tmp_path: Path) -> None
     base = stored(tmp_path / "hf", "llama")
     pattern = {"v_proj": 5, "layers.0.mlp.up_proj": 1}
     adapter = adapter_of(base, TARGETS["all"], alpha=5, use_rslora=True, alpha_pattern=pattern)
-    from finerank.checkpoints.lora import Factors, rank_and_scale
+    from finerank.adapters.shapes import shape_of
+    from finerank.checkpoints.lora import Factors
     from finerank.checkpoints.merge import merged_model, plan_merge
 
     for name, f in adapter.factors.items():
-        adapter.factors[name] = Factors(f.a_RI, f.b_OR, rank_and_scale(adapter.config, name)[1])
+        adapter.factors[name] = Factors(f.a_RI, f.b_OR, shape_of(adapter.config, name).scale)
     for folder in ("lora", "base", "merged"):
         (tmp_path / folder).mkdir()
     notes = gguf.write_adapter(adapter, tmp_path / "lora", base=base)

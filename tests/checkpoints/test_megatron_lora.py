@@ -189,10 +189,10 @@ def test_scales_without_a_field_are_folded(base: BaseModel, dtype: torch.dtype, 
         use_rslora=True,
         alpha_pattern={"down_proj": 7, "layers.1.mlp.up_proj": 2},
     )
-    from finerank.checkpoints.lora import rank_and_scale
+    from finerank.adapters.shapes import shape_of
 
     for name, f in adapter.factors.items():
-        scale = rank_and_scale(adapter.config, name)[1]
+        scale = shape_of(adapter.config, name).scale
         adapter.factors[name] = Factors(f.a_RI.to(dtype), f.b_OR.to(dtype), scale)
     mcore.write_adapter(adapter, tmp_path, base=base, target=megatron.Target(tp=2))
     checkpoint = megatron.MegatronCheckpoint.open(tmp_path)

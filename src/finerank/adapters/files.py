@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finerank.adapters.inject import FILE_PREFIX, AdapterSet, new_config, place_adapters, shape_of
+from finerank.adapters.inject import FILE_PREFIX, AdapterSet, new_config, place_adapters
 from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.shapes import shape_of
 from finerank.adapters.targets import GROUPS, Target, linear_names, short_names
 from finerank.errors import AdapterError
 from finerank.files import replace_file

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +25,10 @@ from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
 from finerank.adapters.lu_lora import local_targets
 from finerank.adapters.settings import AdapterSettings
+from finerank.adapters.shapes import shape_of
 from finerank.adapters.targets import (
     SHARED_INPUTS,
     Target,
-    by_pattern,
     expand_patterns,
     find_targets,
     peft_target_modules,
@@ -123,14 +122,6 @@ class AdapterSet:
         """Put the base's linears back into the model."""
         for name, layer in self.layers.items():
             _put(self.model, name, layer.base_layer)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Rank and scale of one layer's adapter."""
-
-    rank: int
-    scale: float
 
 
 def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -> AdapterSet:
@@ -228,17 +219,6 @@ def new_config(**values: Any) -> dict[str, Any]:
     }
     assert set(values) <= set(config), set(values) - set(config)
     return {**config, **values}
-
-
-def shape_of(config: Mapping[str, Any], name: str) -> Shape:
-    """Rank and scale that a config gives to a layer. Raises AdapterError when it gives no usable ones."""
-    rank = by_pattern(config.get("rank_pattern") or {}, name, config.get("r"))
-    alpha = by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"The adapter's config gives {name} the rank {rank!r}; it must be a whole number above 0.")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"The adapter's config gives {name} the lora_alpha {alpha!r}; it must be a number.")
-    return Shape(rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def place_adapters(

@@ -14,7 +14,6 @@ Names and patterns match as PEFT matches them, so the same setting selects the s
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -117,14 +116,6 @@ def _no_match(target: str, names: list[str]) -> str:
 def short_names(names: Iterable[str]) -> str:
     """The last parts of module names, each once, for messages."""
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-
-
-def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches a module's name or its last parts, as PEFT's `get_pattern_key`."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
 
 
 def expand_patterns(patterns: Mapping[str, float], targets: Sequence[Target], *, flag: str) -> dict[str, float]:

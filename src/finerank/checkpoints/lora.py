@@ -8,15 +8,10 @@ alpha may differ by module (`rank_pattern`, `alpha_pattern`). What was trained w
 `whole`.
 """
 
-import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-
-from finerank.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -67,26 +62,3 @@ class Adapter:
     def is_dora(self) -> bool:
         """Any module has a magnitude."""
         return any(f.magnitude_O is not None for f in self.factors.values())
-
-
-def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise AdapterError(f"The adapter's pattern {pattern!r} is no regular expression: {error}.") from error
-        if matches:
-            return value
-    return default
-
-
-def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Rank and scale that an adapter's config gives a module. Raises AdapterError when it names no usable ones."""
-    rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"adapter_config.json gives {module} the rank {rank!r}; it must be a whole number above 0.")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"adapter_config.json gives {module} the lora_alpha {alpha!r}; it must be a finite number.")
-    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -178,7 +178,7 @@ def ungroup_adapter(grouped: GroupedAdapter, dims: Dims, *, source: str) -> Adap
 
 def _original(shared: dict[str, tuple[Tensor, Tensor]], record: dict[str, Any]) -> dict[str, Factors] | None:
     """The blocks that `group_adapter` put together; None when the tensors are no longer those blocks."""
-    from finerank.checkpoints.lora import rank_and_scale
+    from finerank.adapters.shapes import shape_of
 
     factors = {}
     for name, (a, b) in sorted(shared.items()):
@@ -188,7 +188,7 @@ def _original(shared: dict[str, tuple[Tensor, Tensor]], record: dict[str, Any]) 
             return None
         if rank:
             block = b[:, offset : offset + rank]
-            scale = rank_and_scale(record["config"], name)[1]
+            scale = shape_of(record["config"], name).scale
             b_OR = scaled(block, 1 / ratio).to(_DTYPES[dtype])  # undoes a fold of 16-bit factors exactly
             factors[name] = Factors(a[offset : offset + rank].clone(), b_OR.contiguous(), scale)
     return factors if set(factors) == set(record["modules"]) else None

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from finerank.adapters.shapes import shape_of
 from finerank.checkpoints.formats.hf import read_json, write_json
-from finerank.checkpoints.lora import Adapter, Factors, rank_and_scale
+from finerank.checkpoints.lora import Adapter, Factors
 from finerank.checkpoints.safetensors_file import SafetensorsReader, SafetensorsWriter
 from finerank.checkpoints.weights import TensorInfo
 from finerank.errors import AdapterError, CheckpointError
@@ -98,10 +99,10 @@ def _factors(config: dict[str, Any], module: str, part: dict[str, Tensor], folde
         raise AdapterError(f"{folder}: {module} has only one of lora_A and lora_B; the adapter file is incomplete.")
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise AdapterError(f"{folder}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; ranks differ.")
-    rank, scale = rank_and_scale(config, module)
-    if rank != a.shape[0]:
+    shape = shape_of(config, module)
+    if shape.rank != a.shape[0]:
         raise AdapterError(
-            f"{folder}: {module} has rank {a.shape[0]} in {TENSORS} and {rank} in {CONFIG}; correct {CONFIG}."
+            f"{folder}: {module} has rank {a.shape[0]} in {TENSORS} and {shape.rank} in {CONFIG}; correct {CONFIG}."
         )
     magnitude = part.get("lora_magnitude_vector")
     if bool(config.get("use_dora")) != (magnitude is not None):
@@ -109,7 +110,7 @@ def _factors(config: dict[str, Any], module: str, part: dict[str, Tensor], folde
     if magnitude is not None and is_embedding:
         raise AdapterError(f"{folder}: {module} is an embedding with DoRA, which is not supported; merge it with PEFT.")
     transposed = bool(config.get("fan_in_fan_out")) and not is_embedding
-    return Factors(a, b, scale, magnitude, is_embedding=is_embedding, is_transposed=transposed)
+    return Factors(a, b, shape.scale, magnitude, is_embedding=is_embedding, is_transposed=transposed)
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
