@@ -13,7 +13,7 @@ from finerank.models.attention import (
     packed_mask,
     use_packed_attention,
 )
-from finerank.models.forward import loss_sum
+from finerank.models.forward import loss_sum, verified_head
 from tiny import FAMILIES, tiny_model
 
 LENGTHS = (5, 40, 1, 2, 33, 17)  # 40, 33 and 17 are beyond the tiny models' window of 16
@@ -216,3 +216,18 @@ def test_attention_dropout_acts():
     plain = attention_forward(module, q, k, v, mask)[0]
     dropped = attention_forward(module, q, k, v, mask, dropout=0.5)[0]
     assert not torch.allclose(plain, dropped)
+
+
+def test_the_head_is_chosen_without_dropout_and_the_mode_stays():
+    model = tiny_model("llama", attention_dropout=0.9)
+    model.train()
+    assert verified_head(model) is not None, "dropout made the two passes differ"
+    assert model.training
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"base weights are not finite .model\.layers\.1\.mlp\.up_proj\.weight"):
+        use_packed_attention(model)

@@ -54,7 +54,15 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME or not _keeps_apart(model):
         model.set_attn_implementation(before)
+        if bad := _first_nonfinite(model):
+            raise ModelError(f"The base weights are not finite ({bad} holds NaN or infinity); get the model again.")
         raise ModelError(f"{type(model).__name__} cannot keep packed sequences apart; use --no-pack.")
+
+
+def _first_nonfinite(model: PreTrainedModel) -> str | None:
+    """Name of the first weight that holds NaN or infinity."""
+    floating = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    return next((name for name, p in floating if not torch.isfinite(p).all()), None)
 
 
 @torch.no_grad()

@@ -93,10 +93,13 @@ def verified_head(model: PreTrainedModel) -> Head | None:
     assert module is not None
     head = Head(module, scale=_logit_scale(model, config), softcap=getattr(config, "final_logit_softcapping", None))
     ids = torch.arange(8, device=model.device)[None] % config.vocab_size
+    was_training = model.training
+    model.eval()  # dropout would make the two differ, and another run choose otherwise
     with torch.no_grad():
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         wanted = model(input_ids=ids, use_cache=False).logits
         got = head.logits(hidden)
+    model.train(was_training)
     tolerance = 16 * torch.finfo(got.dtype).eps * wanted.abs().max().item()
     if got.shape != wanted.shape or (got - wanted).abs().max().item() > tolerance:
         logger.info("the loss goes through %s's own head, which does more than a linear", type(model).__name__)
