@@ -16,6 +16,7 @@ Only architectures whose whole config can be told from the file are read (`ARCHI
 ggml's docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
 
-from finerank.errors import ModelError
+from finerank.errors import FinerankError, ModelError
 from finerank.models.cache import made_once
 from finerank.models.gguf_tokenizer import build_tokenizer
 
@@ -62,7 +63,8 @@ class GGUFFile:
         end = max((int(t.data_offset) + int(t.n_bytes) for t in self._reader.tensors), default=0)
         if end > path.stat().st_size:
             raise ModelError(f"{path} is torn: {path.stat().st_size} bytes of {end}; download it again.")
-        self.architecture = str(self.value("general.architecture", "unknown"))
+        with damage_named(path):
+            self.architecture = str(self.value("general.architecture", "unknown"))
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
                 f"{path} holds a '{self.architecture}' model; GGUF files are read for {', '.join(ARCHITECTURES)}. "
@@ -99,8 +101,9 @@ class GGUFFile:
     def read(self, name: str) -> torch.Tensor:
         """A tensor dequantised to fp32, as the file holds it (llama's q and k rows still permuted)."""
         tensor: ReaderTensor = self._tensors[name]
-        values = dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape(name))
+        with damage_named(self.path), np.errstate(all="ignore"):
+            values = dequantize(tensor.data, tensor.tensor_type)
+            return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape(name))
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -112,11 +115,24 @@ class GGUFFile:
         return torch.float32 if any(t.tensor_type in wide for t in matrices) else torch.bfloat16
 
 
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Whatever a value of the wrong kind makes numpy, transformers or tokenizers raise becomes a ModelError."""
+    try:
+        yield
+    except (FinerankError, MemoryError, OSError):
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{path} is a damaged GGUF file ({what}); download it again.") from error
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the Hugging Face folder of a GGUF file into the existing `folder`. Raises ModelError."""
     file = GGUFFile(path)
-    config = read_config(file)
-    tokenizer = build_tokenizer(file)  # before the long part, so that an unknown tokenizer fails at once
+    with damage_named(path):
+        config = read_config(file)
+        tokenizer = build_tokenizer(file)  # before the long part, so that an unknown tokenizer fails at once
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
