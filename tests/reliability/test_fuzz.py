@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -25,11 +26,14 @@ from finerank import config
 from finerank.adapters.files import load_adapter, read_adapter_config, save_adapter
 from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
-from finerank.checkpoints import native
+from finerank.checkpoints import megatron, native
+from finerank.checkpoints.formats import hf, mcore
+from finerank.checkpoints.safetensors_file import SafetensorsReader
 from finerank.data.indexed import IndexedFile, IndexedWriter
 from finerank.data.readers import read_rows
 from finerank.data.types import Batch
 from finerank.errors import FinerankError
+from finerank.generate.prompts import read_prompts
 from finerank.recipes.tune import Settings
 from finerank.train.metrics import read_metrics
 from finerank.train.nonfinite import read_replay, write_replay
@@ -54,6 +58,10 @@ def make_adapter(folder: Path) -> None:
 
 def make_checkpoint(folder: Path) -> None:
     native.save_checkpoint(folder / "checkpoint-1", state={"step": 1, "train": {}}, tensors={"a": torch.ones(2)})
+
+
+def make_state(path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(2), "b": torch.ones(1, 3)}, path, metadata={"format": "pt"})
 
 
 def make_replay(folder: Path) -> None:
@@ -110,6 +118,30 @@ def read_indexed(path: Path) -> object:
     return [file.values[s : s + n].sum() for s, n in zip(file.starts, file.lengths, strict=True)]
 
 
+def make_megatron(folder: Path) -> None:
+    tiny_model("llama").save_pretrained(folder / "hf")
+    mcore.write(hf.read(folder / "hf"), folder / "mg", target=megatron.Target(tp=2))
+
+
+def read_megatron(iteration: Path) -> object:
+    if not mcore.matches(iteration):
+        return None
+    weights = mcore.read(iteration).weights
+    return [weights[name] for name in weights]
+
+
+def read_safetensors(path: Path) -> object:
+    with SafetensorsReader(path) as file:
+        return [file.read(name) for name in file.entries]
+
+
+def make_prompts(folder: Path) -> None:
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    (folder / "prompts.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+
+
+RANK = "mg/iter_0000001/mp_rank_00/model_optim_rng.pt"
+
 ROW_FILES = ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow", "rows.txt", "rows.jsonl.gz")
 
 PARSERS = {
@@ -130,6 +162,12 @@ PARSERS = {
     ),
     "state": Parser("checkpoint-1/state.json", read_state, make_checkpoint, "json"),
     "state tensors": Parser("checkpoint-1/state.safetensors", read_state, make_checkpoint),
+    "megatron rank": Parser(RANK, lambda p: read_megatron(p.parents[2]), make_megatron),
+    "megatron tracker": Parser(
+        "mg/latest_checkpointed_iteration.txt", lambda p: read_megatron(p.parent), make_megatron
+    ),
+    "safetensors": Parser("state.safetensors", read_safetensors, lambda f: make_state(f / "state.safetensors")),
+    "prompts": Parser("prompts.jsonl", read_prompts, make_prompts, "json"),
     "replay": Parser("replay.safetensors", read_replay, make_replay),
     "adapter config": Parser("adapter_config.json", lambda p: read_adapter_config(p.parent), make_adapter, "json"),
     "adapter tensors": Parser(
@@ -180,7 +218,7 @@ def fuzz(parser: Parser, folder: Path, examples: int) -> None:
     path = folder / parser.file
     sample = path.read_bytes()
     parser.read(path)  # the sample itself is right
-    siblings = {p: p.read_bytes() for p in path.parent.iterdir() if p != path}
+    siblings = {p: p.read_bytes() for p in path.parent.iterdir() if p != path and p.is_file()}
     inputs = st.binary(max_size=64) | mutations(sample)
     if parser.text is not None:
         inputs |= edited_values(sample.splitlines()[0] if parser.file.endswith("jsonl") else sample, parser.text)
