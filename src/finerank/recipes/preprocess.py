@@ -41,7 +41,9 @@ class Settings(ModelSettings, RowSettings):
     )
     output_prefix: str = setting(help="where the .bin and .idx files go, without their endings")
     seq_length: int | None = setting(  # type: ignore[assignment]
-        None, help="longest sample in tokens; a packed row has exactly this length", flags=("--cutoff-len",)
+        None,
+        help="longest sample in tokens; a packed row has exactly this length",
+        flags=("--cutoff-len", "--max-seq-length"),
     )
     pack: bool = setting(False, help="put several samples into each row of --seq-length tokens")
     neat_pack: bool = setting(False, help="with --pack: number the samples of a row in the attention mask")
