@@ -17,7 +17,7 @@ import torch
 import torch._dynamo  # what the first optimizer of a process imports: longer than a whole run here
 
 import train_fakes
-from finerank.checkpoints import native
+from finerank.checkpoints import checksums, native
 from finerank.errors import FinerankError
 from finerank.files import remove_leftovers
 from finerank.train.stop import run_lock
@@ -68,7 +68,7 @@ def fake_run(folder: str, *, seconds_per_batch: float = 0.0, seconds_per_save: f
         time.sleep(seconds_per_save)
         return real_sha256(path)
 
-    real_sha256, native.sha256_file = native.sha256_file, slow_sha256  # type: ignore[assignment]
+    real_sha256, checksums.sha256_file = checksums.sha256_file, slow_sha256  # type: ignore[assignment]
     try:
         with run_lock(run):
             remove_leftovers(run)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_fakes as fakes
-from finerank.checkpoints import native
+from finerank.checkpoints import checksums, native
 from finerank.errors import Interrupted, NumericsError
 from finerank.train import loop as loop_module
 from finerank.train.loop import OutOfMemoryError, TrainLoop, evaluation_steps
@@ -145,14 +145,14 @@ def test_early_stop_after_patience(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_no_run(tmp_path: Path, unbroken: TrainLoop, monkeypatch, capsys) -> None:
-    real = native.sha256_file
+    real = checksums.sha256_file
 
     def full(path: Path) -> str:
         if "checkpoint-2." in path.as_posix():  # the folder aside of step 2
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path)
 
-    monkeypatch.setattr(native, "sha256_file", full)
+    monkeypatch.setattr(checksums, "sha256_file", full)
     loop = fakes.make_loop(tmp_path)
     loop.run()
     said = capsys.readouterr().err

@@ -21,8 +21,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from finerank.checkpoints.checksums import difference, files_below, fingerprints
 from finerank.errors import CheckpointError
-from finerank.files import discard_folder, replace_folder, sha256_file, walk
+from finerank.files import discard_folder, replace_folder
 
 FORMAT = 1
 """Number of this layout; a reader refuses other ones."""
@@ -74,7 +75,7 @@ def save_checkpoint(
         _write_json(aside / _STATE, {"format": FORMAT, **state})
         if write_more is not None:
             write_more(aside)
-        files = {p.relative_to(aside).as_posix(): _fingerprint(p) for _, names in walk(aside) for p in names}
+        files = fingerprints(aside, files_below(aside))
         _write_json(aside / _MANIFEST, {"files": files, "format": FORMAT})
 
 
@@ -103,20 +104,7 @@ def damage(folder: Path) -> str | None:
         return str(error).rstrip(".")
     if not isinstance(files, dict) or not {_STATE, _TENSORS} <= set(files):
         return f"{_MANIFEST} lists no state"
-    for name, recorded in sorted(files.items()):
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{_MANIFEST} names {name}, which is outside"
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            if not isinstance(recorded, dict) or path.stat().st_size != recorded.get("bytes"):
-                return f"{name} is cut short or of another size"
-            if sha256_file(path) != recorded.get("sha256"):
-                return f"{name} has changed since it was written"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
+    return difference(folder, files, listed_in=_MANIFEST)
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -152,10 +140,6 @@ def drop_newer(run: Path, step: int) -> list[int]:
     for _, folder in newer:
         discard_folder(folder)
     return [s for s, _ in newer]
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from finerank import registry
+from finerank.checkpoints.checksums import check_checksums
 from finerank.checkpoints.formats import hf, peft
 from finerank.checkpoints.lora import Adapter
 from finerank.checkpoints.weights import BaseModel
@@ -38,6 +39,7 @@ def open_base(name: str, **options: Any) -> BaseModel:
     from finerank.models.find import find_model
 
     folder = Path(name).expanduser()
+    check_checksums(folder)
     if folder.is_dir() and (found := format_of(folder, "base")) not in (None, hf):
         assert found is not None
         return found.read(folder, **options)
@@ -72,6 +74,7 @@ def open_adapter(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give the folder of an adapter or of a run.")
+    check_checksums(folder)
     found = format_of(folder, "adapter")
     if found is None:
         raise CheckpointError(f"{folder} holds no adapter: {peft.CONFIG} is missing; give a PEFT or a run folder.")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from finerank.checkpoints.checksums import write_checksums
 from finerank.errors import ConfigError
 from finerank.files import replace_folder
 
@@ -19,7 +20,7 @@ REPORTS = ("merge_report.json", "conversion_report.json")
 
 @contextlib.contextmanager
 def output_folder(folder: Path, *, sources: Sequence[Path | None], overwrite: bool) -> Iterator[Path]:
-    """A new folder to fill that takes the place of `folder` when all went well.
+    """A new folder to fill that takes the place of `folder` when all went well; its weight files get checksums.
 
     Raises:
         ConfigError: `folder` is one of the sources, holds one, or holds files that finerank did not write.
@@ -29,6 +30,7 @@ def output_folder(folder: Path, *, sources: Sequence[Path | None], overwrite: bo
     _remove_stale(folder)
     with replace_folder(folder) as aside:
         yield aside
+        write_checksums(aside)
 
 
 def check_output(folder: Path, *, sources: Sequence[Path | None], overwrite: bool) -> None:
