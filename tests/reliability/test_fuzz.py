@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -27,6 +28,7 @@ from finerank.adapters.files import load_adapter, read_adapter_config, save_adap
 from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints import megatron, native
+from finerank.checkpoints.checksums import fingerprints
 from finerank.checkpoints.formats import hf, mcore
 from finerank.checkpoints.safetensors_file import SafetensorsReader
 from finerank.data.indexed import IndexedFile, IndexedWriter
@@ -34,6 +36,9 @@ from finerank.data.readers import read_rows
 from finerank.data.types import Batch
 from finerank.errors import FinerankError
 from finerank.generate.prompts import read_prompts
+from finerank.models.gguf_file import GGUFFile, damage_named
+from finerank.models.gguf_file import read_config as read_gguf_config
+from finerank.models.gguf_tokenizer import build_tokenizer
 from finerank.recipes.tune import Settings
 from finerank.train.metrics import read_metrics
 from finerank.train.nonfinite import read_replay, write_replay
@@ -77,7 +82,7 @@ def read_config(path: Path) -> object:
 def read_state(path: Path) -> object:
     """A checkpoint whose file was changed by someone who mended the manifest as well."""
     folder = path.parent
-    files = {p.name: native._fingerprint(p) for p in folder.iterdir() if p.name != "manifest.json"}
+    files = fingerprints(folder, (p for p in folder.iterdir() if p.name != "manifest.json"))
     (folder / "manifest.json").write_text(json.dumps({"files": files, "format": native.FORMAT}))
     return native.read_checkpoint(folder)
 
@@ -116,6 +121,39 @@ def make_indexed(folder: Path) -> None:
 def read_indexed(path: Path) -> object:
     file = IndexedFile(path.with_suffix(""))
     return [file.values[s : s + n].sum() for s, n in zip(file.starts, file.lengths, strict=True)]
+
+
+def make_gguf(folder: Path) -> None:
+    """A llama of one layer with a vocabulary of four and a quantised matrix."""
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    for name, value in (("context_length", 16), ("embedding_length", 32), ("feed_forward_length", 32)):
+        getattr(writer, f"add_{name}")(value)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<s>", "</s>", "a", "b", "ab"])
+    writer.add_token_types([3, 3, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_tensor("token_embd.weight", np.ones((5, 32), np.float32))
+    packed = gguf.quantize(np.ones((32, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.attn_q.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_gguf(path: Path) -> object:
+    file = GGUFFile(path)
+    with damage_named(path):  # as conversion does
+        described = read_gguf_config(file), build_tokenizer(file)
+    return described, [file.read(name) for name in file.names()]
 
 
 def make_megatron(folder: Path) -> None:
@@ -162,6 +200,7 @@ PARSERS = {
     ),
     "state": Parser("checkpoint-1/state.json", read_state, make_checkpoint, "json"),
     "state tensors": Parser("checkpoint-1/state.safetensors", read_state, make_checkpoint),
+    "gguf": Parser("model.gguf", read_gguf, make_gguf),
     "megatron rank": Parser(RANK, lambda p: read_megatron(p.parents[2]), make_megatron),
     "megatron tracker": Parser(
         "mg/latest_checkpointed_iteration.txt", lambda p: read_megatron(p.parent), make_megatron

@@ -47,6 +47,16 @@ SHARD_BYTES = 2 << 30
 """Largest safetensors file: what conversion holds in memory at once."""
 
 
+class BoundedReader(GGUFReader):
+    """The package's reader, with an end: past the end of the file it would read nothing, for as long as a damaged
+    array length says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
+            raise ValueError("it ends before what its header announces")
+        return super()._get(offset, dtype, count, override_order)
+
+
 class GGUFFile:
     """A GGUF file opened for reading; tensors stay on the disk until asked for. Raises ModelError."""
 
@@ -56,7 +66,7 @@ class GGUFFile:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{path} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
         try:
-            self._reader = GGUFReader(path)
+            self._reader = BoundedReader(path)
         except Exception as error:  # the package raises whatever a torn header makes numpy or struct raise
             raise ModelError(f"{path} is a torn or damaged GGUF file ({error}); download it again.") from error
         self._tensors = {t.name: t for t in self._reader.tensors}

@@ -29,7 +29,7 @@ from finerank.checkpoints.regroup import lora_config
 from finerank.checkpoints.weights import HEAD, BaseModel, TensorInfo
 from finerank.errors import AdapterError, CheckpointError, ConfigError
 from finerank.models.families import Dims, dims_of, family_of
-from finerank.models.gguf_file import ARCHITECTURES, gguf_folder
+from finerank.models.gguf_file import ARCHITECTURES, BoundedReader, gguf_folder
 
 HOLDS = ("base", "adapter")
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
@@ -232,7 +232,7 @@ def _open(path: Path) -> gguf.GGUFReader:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise CheckpointError(f"{path} is no GGUF file.")
-        return gguf.GGUFReader(path)
+        return BoundedReader(path)
     except CheckpointError:
         raise
     except Exception as error:  # the package raises whatever a torn header makes numpy or struct raise
