@@ -25,8 +25,16 @@ _TEXT_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tik
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
+    "template.json",  # which prompt template a run was trained with: the merged model is asked in the same way
 )
-_NOT_COPIED = {INDEX, "config.json", "adapter_config.json", "results.json", "template.json", "receipt.json"}
+_NOT_COPIED = {INDEX, "config.json", "adapter_config.json", "results.json", "template.json", "receipt.json"} | {
+    # what finerank says of the folder it copies from, which would be untrue of the new one
+    "answers.json",
+    "checksums.json",
+    "conversion_report.json",
+    "merge_report.json",
+    "source.json",
+}
 
 
 def matches(folder: Path) -> bool:
@@ -152,7 +160,7 @@ def copy_text_files(source: Path | None, target: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Let the tokenizer and chat template that an adapter brings along take the place of the base's."""
+    """Let the tokenizer and prompt template that an adapter brings along take the place of the base's."""
     if (source / "tokenizer.json").is_file() or (source / "tokenizer.model").is_file():
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
