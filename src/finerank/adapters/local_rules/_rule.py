@@ -7,6 +7,7 @@ kept as sums that are linear in the data, so that data-parallel ranks can averag
 Shapes: B rows, T tokens, N = B * T, I in_features, O out_features, R rank, D hidden size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from finerank.adapters.lora import LoRALinear
 
 
-class LocalRule:
+class LocalRule(ABC):
     """A rule over the linears of the local layers."""
 
     needs_error: ClassVar[bool] = False
@@ -33,13 +34,13 @@ class LocalRule:
     def __init__(self, layers: Iterable[LoRALinear]):
         self.layers = list(layers)
 
+    @abstractmethod
     def begin_step(self, step: int) -> None:
         """Forget what was gathered; `step` counts the finished optimizer steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
         """One linear's input and `u = scale * A x`, with this step's factors."""
-        raise NotImplementedError
 
     def take_signals(self) -> dict[LoRALinear, Tensor]:
         """What `receive` will need of the micro-batch that was just gathered; the rule lets go of it."""
@@ -48,9 +49,9 @@ class LocalRule:
     def receive(self, error_BTD: Tensor, signals: Mapping[LoRALinear, Tensor]) -> None:
         """Gradient of the step's loss with respect to the hidden state above the local layers."""
 
+    @abstractmethod
     def update(self, *, lr_a: float, lr_b: float) -> None:
         """Apply what was gathered."""
-        raise NotImplementedError
 
 
 class HebbianRule(LocalRule):
