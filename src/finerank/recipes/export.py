@@ -13,6 +13,7 @@ before anything is written. What was written is read back and compared; status 3
 from dataclasses import dataclass
 from pathlib import Path
 
+from finerank.checkpoints.settings import AdapterOnBaseSettings
 from finerank.config import setting
 from finerank.errors import AdapterError, ConfigError
 
@@ -20,19 +21,9 @@ TARGETS = ("peft", "hf", "mcore", "legacy", "meta", "gguf-lora", "gguf")
 
 
 @dataclass(kw_only=True)
-class Settings:
+class Settings(AdapterOnBaseSettings):
     """What to export, into what, for whom."""
 
-    run: str | None = setting(None, help="run folder or adapter folder; the same as --lora-load", positional=True)
-    load: str | None = setting(
-        None,
-        help="base model: alias, folder of any format, hub id or .gguf file; the adapter's own base when not given",
-        flags=("--base-model", "--load-dir"),
-    )
-    lora_load: str | None = setting(
-        None, help="adapter: PEFT folder, run folder or Megatron LoRA checkpoint", flags=("--lora-weights",)
-    )
-    save_dir: str = setting(help="folder to write", flags=("--output-dir",))
     to: str = setting(help="what to write", choices=TARGETS)
     engine: str | None = setting(
         None, help="program that is to load it", choices=("vllm", "llama.cpp", "peft"), flags=("--for",)
@@ -50,17 +41,6 @@ class Settings:
         None, help="mcore and legacy: layers of a virtual stage"
     )
     num_layer_list: list[int] | None = setting(None, help="mcore and legacy: layers of each stage, e.g. 3,1")
-    lora_r: int | None = setting(None, help="checked against the adapter")
-    lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
-    lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")
-    base_precision: str = setting(
-        "trained",
-        choices=("trained", "original", "4bit", "8bit"),
-        help="base to merge onto: as the run trained it (QLoRA: dequantised), the original, or as named",
-    )
-    proof: str = setting("auto", choices=("auto", "full", "weights"), help="as in finerank merge")
-    max_kl: float = setting(0.01, help="mean KL in nats between base with adapter and merged model; over it, status 3")
-    overwrite: bool = setting(False, help="replace --save-dir even when finerank did not write what is in it")
 
 
 def run(settings: Settings) -> int:

@@ -11,39 +11,13 @@ over --max-kl, or when the adapter changed nothing.
 from dataclasses import dataclass
 from pathlib import Path
 
-from finerank.config import setting
+from finerank.checkpoints.settings import AdapterOnBaseSettings
 from finerank.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Settings:
+class Settings(AdapterOnBaseSettings):
     """What to merge, and where to."""
-
-    run: str | None = setting(None, help="run folder or adapter folder; the same as --lora-load", positional=True)
-    load: str | None = setting(
-        None,
-        help="base model: alias, folder of any format, hub id or .gguf file; the adapter's own base when not given",
-        flags=("--base-model", "--load-dir", "--model-name-or-path"),
-    )
-    lora_load: str | None = setting(
-        None, help="adapter: PEFT folder, run folder or Megatron LoRA checkpoint", flags=("--lora-weights",)
-    )
-    save_dir: str = setting(help="folder to write", flags=("--output-dir",))
-    lora_r: int | None = setting(None, help="checked against the adapter")
-    lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
-    lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")
-    base_precision: str = setting(
-        "trained",
-        choices=("trained", "original", "4bit", "8bit"),
-        help="base to merge onto: as the run trained it (QLoRA: dequantised), the original, or as named",
-    )
-    proof: str = setting(
-        "auto",
-        choices=("auto", "full", "weights"),
-        help="full runs both models; weights looks at the bits only; auto is full where the model fits in memory",
-    )
-    max_kl: float = setting(0.01, help="mean KL in nats between base with adapter and merged model; over it, status 3")
-    overwrite: bool = setting(False, help="replace --save-dir even when finerank did not write what is in it")
 
 
 def run(settings: Settings) -> int:

@@ -46,7 +46,7 @@ class LocalRule(ABC):
         """What `receive` will need of the micro-batch that was just gathered; the rule lets go of it."""
         return {}
 
-    def receive(self, error_BTD: Tensor, signals: Mapping[LoRALinear, Tensor]) -> None:
+    def receive(self, error_BTD: Tensor, signals: Mapping[LoRALinear, Tensor]) -> None:  # noqa: B027 (optional)
         """Gradient of the step's loss with respect to the hidden state above the local layers."""
 
     @abstractmethod
