@@ -7,7 +7,6 @@ An adapter trained over NF4 or 8-bit linears has learned to make up for their ro
 weights it would make up for errors that are not there.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from finerank.checkpoints.weights import BaseModel, TensorInfo, Weights
+from finerank.checkpoints.weights import BaseModel, Weights, WeightsOver
 from finerank.errors import CheckpointError
 
 
@@ -65,9 +64,10 @@ def _linears(base: BaseModel) -> dict[str, bool]:
     }
 
 
-class _Quantized(Weights):
+class _Quantized(WeightsOver):
     def __init__(self, weights: Weights, linears: dict[str, bool], bits: int):
-        self._weights, self._linears, self._bits = weights, linears, bits
+        super().__init__(weights)
+        self._linears, self._bits = linears, bits
 
     def __getitem__(self, name: str) -> Tensor:
         from finerank.models.quantized import QuantizedLinear
@@ -78,16 +78,3 @@ class _Quantized(Weights):
         if not self._linears[name]:
             return QuantizedLinear.of(weight, bits=self._bits).dequantized_weight()
         return QuantizedLinear.of(weight.T.contiguous(), bits=self._bits).dequantized_weight().T.contiguous()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def info(self, name: str) -> TensorInfo:
-        """As the base's."""
-        return self._weights.info(name)

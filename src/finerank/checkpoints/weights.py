@@ -90,14 +90,11 @@ class LazyWeights(Weights):
             raise CheckpointError(f"{self._source}: {unknown_name('tensor', name, self._entries)}") from None
 
 
-class CastWeights(Weights):
-    """Weights whose floating tensors are cast as they are read."""
+class WeightsOver(Weights):
+    """Weights made from others with the same names; a subclass says what becomes of a tensor."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype):
-        self._weights, self._dtype = weights, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name].to(self.info(name).dtype)
+    def __init__(self, weights: Weights):
+        self._weights = weights
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -107,6 +104,21 @@ class CastWeights(Weights):
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
+
+    def info(self, name: str) -> TensorInfo:
+        """As that of the weights below."""
+        return self._weights.info(name)
+
+
+class CastWeights(WeightsOver):
+    """Weights whose floating tensors are cast as they are read."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype):
+        super().__init__(weights)
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self.info(name).dtype)
 
     def info(self, name: str) -> TensorInfo:
         """Shape, and the dtype after the cast."""
