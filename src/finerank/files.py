@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finerank.errors import StorageError
 
-_ASIDE_MARK = ".finerank-aside-"
+_ASIDE_MARK, _DISCARDED = ".finerank-aside-", "discarded-"
 
 
 def fsync_path(path: Path) -> None:
@@ -66,8 +66,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}; {fix}.") from error
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}{_ASIDE_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+def _aside(path: Path, kind: str = "") -> Path:
+    return path.with_name(f"{path.name}{_ASIDE_MARK}{kind}{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def _remove(path: Path) -> None:
@@ -125,9 +125,22 @@ def replace_folder(path: Path) -> Iterator[Path]:
 def discard_folder(path: Path) -> None:
     """Remove a folder so that a kill in the middle leaves no half of it under its name. Raises StorageError."""
     with storage_errors(path):
-        old = _aside(path)
+        old = _aside(path, _DISCARDED)
         os.rename(path, old)
         _remove(old)
+
+
+def leftovers_of_replacing(folder: Path) -> list[tuple[Path, Path]]:
+    """(target, folder aside) of each folder that a killed `replace_folder` left in `folder`, oldest first.
+
+    Killed between its two renames it leaves no folder under the target's name but two aside, both whole.
+    """
+    found = []
+    for aside in sorted(folder.glob(f"*{_ASIDE_MARK}*"), key=lambda p: p.lstat().st_mtime_ns):
+        name, _, rest = aside.name.partition(_ASIDE_MARK)
+        if name and aside.is_dir() and not rest.startswith(_DISCARDED):
+            found.append((folder / name, aside))
+    return found
 
 
 def remove_leftovers(folder: Path) -> list[str]:

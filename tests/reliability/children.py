@@ -19,7 +19,6 @@ import torch._dynamo  # what the first optimizer of a process imports: longer th
 import train_fakes
 from finerank.checkpoints import checksums, native
 from finerank.errors import FinerankError
-from finerank.files import remove_leftovers
 from finerank.train.stop import run_lock
 
 _context = multiprocessing.get_context("fork")
@@ -71,7 +70,7 @@ def fake_run(folder: str, *, seconds_per_batch: float = 0.0, seconds_per_save: f
     real_sha256, checksums.sha256_file = checksums.sha256_file, slow_sha256  # type: ignore[assignment]
     try:
         with run_lock(run):
-            remove_leftovers(run)
+            native.tidy_after_kill(run)
             loop = train_fakes.make_loop(run, **settings)
             loop.loss_function = slow_loss
             newest = native.newest_whole(run, say=print)

@@ -13,7 +13,7 @@ import torch
 
 from finerank.checkpoints import native
 from finerank.errors import StorageError
-from finerank.files import remove_leftovers, replace_file
+from finerank.files import replace_file
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
 
@@ -66,7 +66,7 @@ def test_an_error_at_any_operation_leaves_the_last_whole_checkpoint(
                 raised = True
                 assert "Cannot write" in str(failure) and str(failure).rstrip(".").count(";") >= 1
         assert injected.count >= at, "the fault was never reached"
-        remove_leftovers(run)
+        native.tidy_after_kill(run)
         assert is_whole(native.folder_of(run, 1), 1.0), (at, injected.names[at - 1])
         newest = native.newest_whole(run, say=lambda text: None)
         assert newest is not None and is_whole(newest, 1.0, 2.0, 3.0), (at, injected.names[at - 1])
@@ -93,10 +93,49 @@ def test_death_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, replac
         assert os.waitstatus_to_exitcode(status) in (0, 77)
         newest = native.newest_whole(run, say=lambda text: pytest.fail(text))
         assert newest is not None and is_whole(newest, 1.0, 2.0, 3.0), at
-        remove_leftovers(run)
+        native.tidy_after_kill(run)
         assert {p.name for p in run.iterdir()} <= {"checkpoint-1", "checkpoint-2"}
         save(run, 2, 4.0)
         assert is_whole(native.folder_of(run, 2), 4.0)
+
+
+def test_death_while_the_only_checkpoint_is_replaced_leaves_it_whole(tmp_path: Path) -> None:
+    """As with --keep-last 1 when a stop had saved a step whose evaluation was still to come."""
+    total, nameless = operations(tmp_path / "counted", 2) + 3, 0
+    for at in range(1, total + 1):
+        run = tmp_path / f"{at}"
+        save(run, 2, 2.0)
+        child = os.fork()
+        if child == 0:
+            with faults.injected(faults.Faults(at, lambda name: os._exit(77))):
+                save(run, 2, 3.0)
+            os._exit(0)
+        os.waitpid(child, 0)
+        nameless += not native.folder_of(run, 2).exists()
+        native.tidy_after_kill(run)
+        assert is_whole(native.folder_of(run, 2), 2.0, 3.0), at
+        assert [p.name for p in run.iterdir()] == ["checkpoint-2"]
+    assert nameless, "no death fell between the two renames"
+
+
+def test_death_at_any_operation_of_pruning_brings_no_checkpoint_back(tmp_path: Path) -> None:
+    save(tmp_path / "counted", 1, 1.0)
+    with faults.injected(faults.Faults(0, lambda name: None)) as counted:
+        native.drop_newer(tmp_path / "counted", 0)
+    for at in range(1, counted.count + 1):
+        run = tmp_path / f"{at}"
+        save(run, 1, 1.0)
+        save(run, 2, 2.0)
+        child = os.fork()
+        if child == 0:
+            with faults.injected(faults.Faults(at, lambda name: os._exit(77))):
+                native.drop_newer(run, 1)
+            os._exit(0)
+        os.waitpid(child, 0)
+        gone = not native.folder_of(run, 2).exists()
+        native.tidy_after_kill(run)
+        assert is_whole(native.folder_of(run, 1), 1.0)
+        assert gone != native.folder_of(run, 2).exists()
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: errno.errorcode[e])

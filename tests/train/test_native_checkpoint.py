@@ -75,7 +75,7 @@ def test_pruning_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10, 20):
         save(tmp_path, step, more=False)
     (tmp_path / "checkpoint-final").mkdir()
-    native.prune(tmp_path, keep_last=2, keep_steps=[2, None])
-    assert [s for s, _ in native.checkpoints(tmp_path)] == [2, 10, 20]
+    native.prune(tmp_path, newest=10, keep_last=1, keep_steps=[2, None])
+    assert [s for s, _ in native.checkpoints(tmp_path)] == [2, 10, 20]  # 20 is a stranger's
     assert native.drop_newer(tmp_path, 10) == [20]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-final"]

@@ -11,6 +11,7 @@ read is what was written. There is no pickle in it, and no time: the same state 
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from finerank.checkpoints.checksums import difference, files_below, fingerprints
 from finerank.errors import CheckpointError
-from finerank.files import discard_folder, replace_folder
+from finerank.files import discard_folder, leftovers_of_replacing, remove_leftovers, replace_folder, storage_errors
 
 FORMAT = 1
 """Number of this layout; a reader refuses other ones."""
@@ -117,17 +118,41 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 def newest_whole(run: Path, *, say: Callable[[str], None]) -> Path | None:
     """The newest undamaged checkpoint of a run; `say` is told of each that was skipped, and why."""
-    for _, folder in reversed(checkpoints(run)):
-        problem = damage(folder)
+    for step, folder in reversed(checkpoints(run)):
+        problem = damage(folder) or _misnamed(step, folder)
         if problem is None:
             return folder
         say(f"skipped {folder.name}: {problem}")
     return None
 
 
-def prune(run: Path, *, keep_last: int, keep_steps: Iterable[int | None] = ()) -> None:
-    """Remove all checkpoints but the newest `keep_last` (at least 1) and those of `keep_steps`."""
-    found = checkpoints(run)
+def _misnamed(step: int, folder: Path) -> str | None:
+    """A copy under another name would be taken for a later state than it is."""
+    try:
+        saved = _read_json(folder / _STATE).get("step")
+    except CheckpointError as error:
+        return str(error).rstrip(".")
+    return None if saved == step else f"it holds step {saved}, not what its name says"
+
+
+def tidy_after_kill(run: Path) -> None:
+    """Put a checkpoint back that a kill left without its name, and remove what else was left half written.
+
+    Only for a folder that no other process writes to. Raises StorageError.
+    """
+    with storage_errors(run):
+        for target, aside in leftovers_of_replacing(run):
+            if _NAME.fullmatch(target.name) and not target.exists() and damage(aside) is None:
+                os.rename(aside, target)
+        remove_leftovers(run)
+
+
+def prune(run: Path, *, newest: int, keep_last: int, keep_steps: Iterable[int | None] = ()) -> None:
+    """Remove all checkpoints up to step `newest` but the last `keep_last` (at least 1) and those of `keep_steps`.
+
+    What is named after a later step is not this run's, so it is neither counted nor touched.
+    """
+    found = [(step, folder) for step, folder in checkpoints(run) if step <= newest]
     kept = {step for step, _ in found[-max(keep_last, 1) :]} | set(keep_steps)
     for step, folder in found:
         if step not in kept:

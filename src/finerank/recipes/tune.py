@@ -66,6 +66,7 @@ def run(settings: Settings) -> int:
     from finerank.adapters.files import adapter_files
     from finerank.adapters.lora_plus import speed_up_B
     from finerank.adapters.lu_lora import start_local_learning
+    from finerank.checkpoints.native import tidy_after_kill
     from finerank.data.dataset import load_splits
     from finerank.data.loader import BatchPlan
     from finerank.data.templates import load_template
@@ -76,13 +77,15 @@ def run(settings: Settings) -> int:
     from finerank.train.held_out import evaluate_loss
     from finerank.train.loop import TrainLoop
     from finerank.train.state import use_deterministic_kernels
-    from finerank.train.stop import run_lock
+    from finerank.train.stop import ignore_save_requests, run_lock
 
     if settings.replay is not None:
         return _replay(settings, Path(settings.replay))
     folder = Path(settings.output_dir)
     with run_lock(folder):
+    ignore_save_requests()
         run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
+        tidy_after_kill(folder)
         loaded = load_model(settings, seed=settings.seed)
         if settings.deterministic:
             use_deterministic_kernels(loaded.model.device)
@@ -200,11 +203,9 @@ def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", spl
 
 
 def _checkpoint(settings: Settings, folder: Path) -> "Checkpoint | None":
-    """What `--resume` names, of a folder cleared of what a killed run left half written."""
-    from finerank.files import remove_leftovers
+    """What `--resume` names."""
     from finerank.train import resume
 
-    remove_leftovers(folder)
     return resume.find_checkpoint(settings.resume, folder, say=_say) if settings.resume else None
 
 
@@ -246,7 +247,9 @@ def _start_or_resume(
     else:
         run_folder.clear(folder)
     run_folder.write_config(folder, settings)
+        resume.check_place(checkpoint, folder, num_steps=loop.plan.num_steps, say=_say)
     run_folder.write_json(folder / "receipt.json", splits.receipt)
+        resume.take_over(checkpoint, folder, loop.state, keep_best=settings.keep_best, say=_say)
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TemplateSettings)}
     run_folder.write_json(
         folder / "template.json", {"name": template.name, "digest": template.digest, "settings": kept}

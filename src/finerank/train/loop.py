@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from finerank.checkpoints.native import Checkpoint, drop_newer, read_checkpoint
+from finerank.checkpoints.native import Checkpoint, damage, drop_newer, read_checkpoint
 from finerank.data.types import Batch
 from finerank.errors import CheckpointError, DataError, NumericsError, StorageError
 from finerank.train.held_out import LossFunction, batch_loss_sum, evaluate_loss
@@ -148,7 +148,13 @@ class TrainLoop:
         """Put the weights of the lowest held-out loss into the model. Raises CheckpointError when not kept."""
         if self.state.best_step is None:
             raise CheckpointError("There is no best checkpoint: --final-adapter best needs held-out rows.")
-        tensors = read_checkpoint(self.folder / f"checkpoint-{self.state.best_step}").tensors
+        best_folder = self.folder / f"checkpoint-{self.state.best_step}"
+        if problem := damage(best_folder):
+            raise CheckpointError(
+                f"The best weights were in {best_folder}, but {problem}; add --resume auto --final-adapter last to "
+                "leave with the last ones."
+            )
+        tensors = read_checkpoint(best_folder).tensors
         prefix = "parameter/"
         best = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         load_parameters(self.named_parameters, best)
@@ -164,7 +170,11 @@ class TrainLoop:
             num_steps=self.plan.num_steps, first_step=self.state.step, log_interval=settings.log_interval
         )
         self.saver = Saver(
-            self.folder, keep_last=settings.keep_last, background=settings.async_save, say=self.progress.say
+            self.folder,
+            keep_last=settings.keep_last,
+            background=settings.async_save,
+            say=self.progress.say,
+            before_each=lambda: self._keep_going(self.metrics.flush_to_disk),
         )
         if self._restored is not None:
             self.saver.saved.append(self._restored)
@@ -179,6 +189,8 @@ class TrainLoop:
 
     def _run(self) -> None:
         try:
+            if self.state.step > 0 and self._restored is None:
+                self._save()  # from another folder: from here on this one is enough to resume from
             while True:
                 if self.state.pending is not None:
                     self._finish_step(self.state.pending)

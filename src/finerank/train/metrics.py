@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +67,8 @@ class Metrics:
             aside.write_text("".join(_line(row) for row in history), encoding="utf-8")
         self._backlog = b""
         # unbuffered, so that a kill loses no finished step and a full disk leaves us knowing what was not written
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        with storage_errors(path):
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step. On a full disk the row waits and is written with a later one; StorageError says so."""
@@ -80,6 +82,12 @@ class Metrics:
         with storage_errors(self.path):
             while self._backlog:
                 self._backlog = self._backlog[self._file.write(self._backlog) :]
+
+    def flush_to_disk(self) -> None:
+        """Bring the rows to the disk itself, where they survive a power cut, too. Raises StorageError."""
+        self._flush()
+        with storage_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what waits and close the file and the trackers. Raises StorageError."""

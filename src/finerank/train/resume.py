@@ -5,12 +5,16 @@ the result. A resumed run must have the same ones, or the result would be neithe
 those settings differ that leave the state meaningful, such as more epochs or another learning rate.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from finerank.checkpoints import native
-from finerank.errors import CheckpointError
+from finerank.errors import CheckpointError, ConfigError
+from finerank.files import replace_folder, storage_errors
+from finerank.train.run_folder import RESULTS
+from finerank.train.state import TrainState
 
 # what is read is compared by content, not by name
 _READ = """
@@ -67,13 +71,14 @@ def check_origin(
 ) -> None:
     """Raise CheckpointError with all differences between the checkpoint's run and this one, unless they are allowed."""
     before = checkpoint.state.get("origin")
-    if not isinstance(before, dict) or set(before) != set(origin):
+    parts = before if isinstance(before, dict) and set(before) == set(origin) else {}
+    if not parts or not all(isinstance(part, dict) for part in parts.values()):
         raise CheckpointError(f"{checkpoint.folder} does not say what its run was made of; resume from another one.")
-    for name, (old, new) in _differences(before["environment"], origin["environment"]).items():
+    for name, (old, new) in _differences(parts["environment"], origin["environment"]).items():
         say(f"warning: {name} was {old} and is {new}: the last bits of the result may differ from an unbroken run")
     differences = {
-        **_differences(before["digests"], origin["digests"]),
-        **_differences(before["settings"], origin["settings"]),
+        **_differences(parts["digests"], origin["digests"]),
+        **_differences(parts["settings"], origin["settings"]),
     }
     refused = {n: pair for n, pair in differences.items() if not anyway or n not in SAFE}
     if not refused:
@@ -86,6 +91,56 @@ def check_origin(
     else:
         fix = "Put the old ones back, or start anew in another --output-dir."
     raise CheckpointError(f"{checkpoint.folder} belongs to a run with other settings: {listed}. {fix}")
+
+
+def check_place(checkpoint: native.Checkpoint, run: Path, *, num_steps: int, say: Callable[[str], None]) -> None:
+    """Whether the run may go on from a checkpoint in this folder; tells of the later checkpoints that it will replace.
+
+    Raises:
+        ConfigError: the checkpoint is another run's, and the folder holds a run of its own.
+        CheckpointError: the checkpoint lies behind the end of the run.
+    """
+    if checkpoint.step > num_steps:
+        raise CheckpointError(
+            f"{checkpoint.folder} was saved after {checkpoint.step} steps, and this run has only {num_steps}; raise "
+            "--num-epochs or --train-iters, or resume from an earlier checkpoint."
+        )
+    present = native.checkpoints(run)
+    if not _is_of(checkpoint, run) and (present or (run / RESULTS).exists()):
+        raise ConfigError(
+            f"{run} holds a run of its own, which {checkpoint.folder} is not part of; choose another --output-dir, or "
+            "add --resume auto to go on with the run that is there."
+        )
+    if newer := [folder.name for step, folder in present if step > checkpoint.step]:
+        say(f"removing {', '.join(newer)}: the run goes on from step {checkpoint.step} and writes them anew")
+
+
+def take_over(checkpoint: native.Checkpoint, run: Path, state: TrainState, *, keep_best: bool, say: Callable) -> None:
+    """Make the folder that of an unfinished run with all that `state` speaks of. Raises StorageError."""
+    with storage_errors(run / RESULTS):
+        (run / RESULTS).unlink(missing_ok=True)  # or a kill would leave old results beside new checkpoints
+    if state.best_step is None or not keep_best:
+        return
+    target = native.folder_of(run, state.best_step)
+    problem = native.damage(target)
+    if problem is None:
+        return
+    if not _is_of(checkpoint, run):
+        is_best = state.best_step == checkpoint.step
+        source = checkpoint.folder if is_best else native.folder_of(checkpoint.folder.parent, state.best_step)
+        problem = native.damage(source)
+        if problem is None:
+            with replace_folder(target) as aside:
+                shutil.copytree(source, aside, dirs_exist_ok=True)
+            return
+    say(
+        f"warning: the checkpoint with the best held-out loss so far (step {state.best_step}) cannot be kept: "
+        f"{problem}; --final-adapter best needs a better one from here on"
+    )
+
+
+def _is_of(checkpoint: native.Checkpoint, run: Path) -> bool:
+    return checkpoint.folder.resolve().parent == run.resolve()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

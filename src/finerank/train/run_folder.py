@@ -23,7 +23,7 @@ from typing import Any
 from finerank import __version__, config
 from finerank.checkpoints.native import checkpoints
 from finerank.errors import ConfigError
-from finerank.files import discard_folder, storage_errors, write_text
+from finerank.files import discard_folder, fsync_path, storage_errors, write_text
 from finerank.train.metrics import FILE_NAME
 from finerank.train.state import TrainState
 
@@ -97,7 +97,9 @@ def write_files(folder: Path, write: Callable[[Path], Any]) -> None:
         for path in sorted(Path(aside).iterdir()):
             if path.is_file():
                 os.replace(path, folder / path.name)
+                fsync_path(path)
 
+        fsync_path(folder)
 
 def redact(text: str) -> str:
     """The text without anything that looks like an access token or a password in an address."""

@@ -18,14 +18,32 @@ from finerank.errors import StorageError
 class Saver:
     """Writes the checkpoints of one run folder and removes those not to be kept."""
 
-    def __init__(self, run: Path, *, keep_last: int, background: bool, say: Callable[[str], None]):
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep_last: int,
+        background: bool,
+        say: Callable[[str], None],
+        before_each: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+            run: folder that holds the checkpoints.
+            keep_last: newest checkpoints to keep.
+            background: copy the state and write the copy while training goes on.
+            say: is told of a save that failed.
+            before_each: brings to the disk what must be there before a checkpoint says that it happened.
+        """
         self.run = run
+        self.before_each = before_each
         self.keep_last = keep_last
         self.background = background
         self.say = say
         self.saved: list[tuple[int, bool]] = []
         """(step, whether its evaluation is in it) of each whole save, oldest first."""
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def save(
         self,
@@ -54,14 +72,23 @@ class Saver:
             return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # not a daemon: the interpreter waits for it, so that leaving normally never drops a save
-        self._thread = threading.Thread(target=self._write, args=(key, dict(state), copies, files, kept))
+        self._thread = threading.Thread(target=self._write_aside, args=(key, dict(state), copies, files, kept))
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save in the background, if any, has ended."""
+        """Until the save in the background, if any, has ended. Raises what ended it, unless it was the disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _write_aside(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:
+            self._failure = error
 
     def _write(
         self,
@@ -77,11 +104,16 @@ class Saver:
 
         step = key[0]
         try:
+            self.before_each()
             native.save_checkpoint(
                 native.folder_of(self.run, step), state=state, tensors=tensors, write_more=write_files
             )
-            self.saved.append(key)
-            native.prune(self.run, keep_last=self.keep_last, keep_steps=keep_steps)
         except StorageError as error:
             whole = f"checkpoint-{self.saved[-1][0]} stays" if self.saved else "there is none yet"
             self.say(f"warning: the checkpoint of step {step} was not saved; {whole}. {error}")
+            return
+        self.saved.append(key)
+        try:
+            native.prune(self.run, newest=step, keep_last=self.keep_last, keep_steps=keep_steps)
+        except StorageError as error:
+            self.say(f"warning: an older checkpoint than that of step {step} could not be removed. {error}")

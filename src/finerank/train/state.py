@@ -62,7 +62,25 @@ class TrainState:
                 f"The checkpoint's state has other fields than this finerank ({', '.join(wrong)}); "
                 "resume it with the version that wrote it."
             )
+        wrong = sorted(f.name for f in dataclasses.fields(cls) if not _is_valid(values[f.name], f.type))
+        if wrong:
+            raise CheckpointError(
+                f"The checkpoint's state has impossible values ({', '.join(wrong)}); resume from another checkpoint."
+            )
         return cls(**values)
+
+
+def _is_valid(value: Any, declared: Any) -> bool:
+    """Whether a JSON value can be what a field of TrainState is declared as; counts are never negative."""
+    annotation = declared.__name__ if isinstance(declared, type) else str(declared)
+    if value is None:
+        return "None" in annotation
+    if annotation.startswith("dict"):
+        return isinstance(value, dict) and type(value.get("step")) is int and value["step"] >= 0
+    if annotation.startswith("float"):
+        return type(value) in (int, float)
+    expected = bool if annotation == "bool" else int
+    return type(value) is expected and value >= 0
 
 
 def load_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -98,6 +98,12 @@ class Signals:
         os._exit(EXIT_CODES[self.stop_signal])
 
 
+def ignore_save_requests() -> None:
+    """Until the loop takes SIGUSR1 and after it: there is nothing to save, and by default the signal would kill."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process. Raises CheckpointError when a living process holds it.
@@ -122,7 +128,10 @@ def _take(path: Path) -> int:
     while True:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # another run that never began has just removed the new folder
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -138,8 +147,9 @@ def _take(path: Path) -> int:
         # between open and lock the holder may have finished and removed this file: then lock the new one
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                with contextlib.suppress(OSError):  # on a full disk; the content only tells others who holds the lock
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
                 return descriptor
         os.close(descriptor)
 
