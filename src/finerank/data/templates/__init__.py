@@ -5,8 +5,8 @@
     template.prompt_ids(messages)                         ids after which the model answers
     template.stop_ids                                     ids that end an answer
 
-A named template (`--prompt-type qwen3`) is a file in this folder that defines `TEMPLATE`; without a name the
-tokenizer's own chat template is used. `template.digest` changes with anything that changes ids or labels.
+A named template (`--prompt-type qwen3`) is a file in this folder whose `TEMPLATE` has `bind(encoder)`; without a name
+the tokenizer's own chat template is used. `template.digest` changes with anything that changes ids or labels.
 """
 
 import abc
@@ -100,14 +100,14 @@ def load_template(settings: TemplateSettings, tokenizer: Any) -> Template:
     """
     from finerank.data.templates._hf import HFTemplate
     from finerank.data.templates._none import NoTemplate
-    from finerank.data.templates._slots import SlotTemplate
 
     if settings.prompt_type is not None and settings.hf_chat_template:
         raise ConfigError("--prompt-type and --hf-chat-template exclude each other; give one of them.")
     encoder = TextEncoder(tokenizer, allow_special_tokens=settings.allow_special_tokens)
     if settings.prompt_type is not None:
-        spec = registry.load(__name__, settings.prompt_type, "prompt template").TEMPLATE
-        return SlotTemplate(spec, encoder, enable_thinking=settings.enable_thinking)
+        module = registry.load(__name__, settings.prompt_type, "prompt template")
+        template: Template = module.TEMPLATE.bind(encoder, enable_thinking=settings.enable_thinking)
+        return template
     has_own = bool(getattr(tokenizer, "chat_template", None))
     if settings.hf_chat_template and not has_own:
         raise ConfigError(

@@ -59,7 +59,7 @@ class Slots:
     assistant: tuple[Slot, ...] = ("{{content}}", EOS)
     system: tuple[Slot, ...] = ("{{content}}",)
     function: tuple[Slot, ...] | None = None
-    """A call made by the assistant; default: as a text of the tool format, in the form of an answer."""
+    """A call made by the assistant, its text in `call_format`; default: the text and, unless `efficient_eos`, EOS."""
     observation: tuple[Slot, ...] | None = None
     """A tool's result; default: as a user's turn."""
     separator: tuple[Slot, ...] = ()
@@ -75,11 +75,17 @@ class Slots:
     """The system text belongs inside the first user slot (Llama 2)."""
     prefix_with_system_only: bool = False
     tool_format: str | None = "default"
-    """How `_tools` describes tools; None where the template cannot."""
+    """How `_tools` describes tools: default, qwen or ling; None where the template cannot."""
+    call_format: str = "default"
+    """How `_tools` writes a call: default, glm4 or qwen."""
     reasoning: bool = False
     thought_words: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     newer_truncation: bool = False
     """Whether MindSpeed-LLM cuts long samples of this template by its newer rule."""
+
+    def bind(self, encoder: TextEncoder, *, enable_thinking: str = "none") -> Template:
+        """The template with a tokenizer. Raises DataError where the tokenizer lacks one of its control tokens."""
+        return SlotTemplate(self, encoder, enable_thinking=enable_thinking)
 
 
 class SlotTemplate(Template):
@@ -174,11 +180,13 @@ class SlotTemplate(Template):
 
     def _answer_text(self, message: Message) -> str:
         if message.role == "function":
-            return call_text(self.spec.tool_format, message.content, self.name)
+            return call_text(self.spec.call_format, message.content)
         return message.content
 
     def _answer_slots(self, message: Message) -> tuple[Slot, ...]:
-        return self.spec.function if message.role == "function" and self.spec.function else self.spec.assistant
+        if message.role != "function":
+            return self.spec.assistant
+        return self.spec.function or (("{{content}}",) if self.spec.efficient_eos else ("{{content}}", EOS))
 
     def _think(self, text: str) -> tuple[list[Piece], list[Piece], str]:
         """The thinking rule: an empty thought for the end of the source or the start of the target, and the answer.

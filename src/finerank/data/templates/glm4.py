@@ -12,4 +12,5 @@ TEMPLATE = Slots(
     stop_words=("<|user|>", "<|observation|>"),
     efficient_eos=True,
     tool_format=None,
+    call_format="glm4",
 )

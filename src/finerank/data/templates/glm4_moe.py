@@ -7,10 +7,11 @@ TEMPLATE = Slots(
     user=("<|user|>\n{{content}}<|assistant|>",),
     assistant=("\n{{content}}",),
     system=("<|system|>\n{{content}}",),
-    observation=("<|observation|>\n<tool_response>\n{{content}}\n</tool_response><|assistant|>",),
+    observation=("<|observation|>\n{{content}}<|assistant|>",),
     prefix=("[gMASK]<sop>",),
     stop_words=("<|user|>", "<|observation|>"),
     efficient_eos=True,
     tool_format=None,
+    call_format="glm4",
     reasoning=True,
 )

@@ -10,6 +10,5 @@ TEMPLATE = Slots(
     default_system="You are ChatGPT, a large language model trained by OpenAI.",
     thought_words=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     efficient_eos=True,
-    tool_format=None,
     reasoning=True,
 )

@@ -7,7 +7,6 @@ TEMPLATE = Slots(
     user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
     assistant=("{{content}}<|im_end|>\n",),
     system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
-    observation=("<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
     default_system="You are a helpful assistant.",
     stop_words=("<|endoftext|>",),
     replace_eos=True,

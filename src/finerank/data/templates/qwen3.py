@@ -10,7 +10,9 @@ TEMPLATE = Slots(
     observation=(
         "<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
     ),
+    function=("{{content}}<|im_end|>\n",),
     tool_format="qwen",
+    call_format="qwen",
     stop_words=("<|im_end|>",),
     replace_eos=True,
     reasoning=True,

@@ -7,7 +7,9 @@ TEMPLATE = Slots(
     user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
     assistant=("{{content}}<|im_end|>\n",),
     system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
-    observation=("<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
+    observation=(
+        "<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+    ),
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     stop_words=("<|im_end|>",),
     replace_eos=True,
