@@ -9,17 +9,17 @@ A fresh adapter changes nothing: `lora_B` is zero. `lora_A` is drawn from a gene
 layer's name, so it depends neither on the order of layers nor on which other layers have one.
 """
 
-import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from finerank.adapters.adapter_set import FILE_PREFIX, AdapterSet, put_module
 from finerank.adapters.dora import add_magnitude
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
@@ -34,94 +34,10 @@ from finerank.adapters.targets import (
     peft_target_modules,
 )
 from finerank.errors import AdapterError, ConfigError
-from finerank.models.quantized import num_weights
+
+__all__ = ["FILE_PREFIX", "AdapterSet", "inject_adapters", "new_config", "place_adapters"]
 
 logger = logging.getLogger(__name__)
-
-FILE_PREFIX = "base_model.model."
-"""PEFT wraps the model twice; its tensor names show it."""
-
-
-class AdapterSet:
-    """The adapters of one model."""
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, LoRALinear], config: dict[str, Any], groups: list[str]):
-        """
-        Args:
-            model: with the layers in place.
-            layers: by full module name.
-            config: PEFT's LoraConfig as JSON values.
-            groups: Megatron names whose members share one lora_A, as they were asked for.
-        """
-        self.model, self.layers, self.config, self.groups = model, dict(layers), config, groups
-        self.lr_ratios: dict[Tensor, float] = {}
-        """Learning rate of a parameter over the run's, where it is not 1."""
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Trained parameters with their names in the adapter file; a shared lora_A once, under its first layer."""
-        named: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, layer in self.layers.items():
-            for part in ("lora_A", "lora_B"):
-                parameter = getattr(layer, part)
-                named.setdefault(id(parameter), (f"{FILE_PREFIX}{name}.{part}.weight", parameter))
-            if (magnitude := layer.lora_magnitude_vector) is not None:
-                named[id(magnitude)] = (f"{FILE_PREFIX}{name}.lora_magnitude_vector", magnitude)
-        return list(named.values())
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Trained parameters, each once."""
-        return [parameter for _, parameter in self.named_parameters()]
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors of the adapter file, sorted by name; a shared lora_A once for each of its layers."""
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"{FILE_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-            tensors[f"{FILE_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
-            if layer.lora_magnitude_vector is not None:
-                tensors[f"{FILE_PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
-        return dict(sorted(tensors.items()))
-
-    @property
-    def num_parameters(self) -> int:
-        """Trained numbers."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def describe(self) -> str:
-        """One line for the log."""
-        share = self.num_parameters / max(num_weights(self.model) - self.num_parameters, 1)
-        ranks = sorted({layer.rank for layer in self.layers.values()})
-        # not the config's target_modules, which PEFT may have written as a regular expression
-        names = sorted({name.rpartition(".")[2] for name in self.layers})
-        shared = f", lora_A shared in {' '.join(self.groups)}" if self.groups else ""
-        return (
-            f"LoRA on {len(self.layers)} linears ({', '.join(names[:8])}), rank "
-            f"{'/'.join(map(str, ranks))}{shared}: {self.num_parameters:,} trained parameters, "
-            f"{100 * share:.2f}% of the base"
-        )
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base model inside the `with` block."""
-        active = {name: layer.is_active for name, layer in self.layers.items()}
-        try:
-            for layer in self.layers.values():
-                layer.is_active = False
-            yield
-        finally:
-            for name, layer in self.layers.items():
-                layer.is_active = active[name]
-
-    def merge_(self) -> None:
-        """Add every change to the base's weights, one rounding each, and put the plain linears back for good."""
-        for layer in self.layers.values():
-            layer.merge_()
-        self.remove()
-
-    def remove(self) -> None:
-        """Put the base's linears back into the model."""
-        for name, layer in self.layers.items():
-            _put(self.model, name, layer.base_layer)
 
 
 def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -> AdapterSet:
@@ -249,9 +165,9 @@ def place_adapters(
         if config["use_dora"]:
             add_magnitude(layer)
         layer.train(base.training)
-        _put(model, target.name, layer)
+        put_module(model, target.name, layer)
         layers[target.name] = layer
-    _join(layers)
+    join_shared_inputs(layers)
     groups = sorted({target.group.rpartition(":")[2] for target in targets if target.group})
     adapters = AdapterSet(model, layers, config, groups)
     logger.info("%s", adapters.describe())
@@ -260,13 +176,18 @@ def place_adapters(
 
 def _fresh_A(name: str, rank: int, in_features: int, *, seed: int) -> Tensor:
     """Kaiming-uniform with a = sqrt(5), as `nn.Linear` and PEFT start: uniform within 1 / sqrt(in_features)."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=named_generator(seed, name))
 
 
-def _join(layers: Mapping[str, LoRALinear]) -> None:
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A random generator that depends on the run's seed and a layer's name only."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def join_shared_inputs(layers: Mapping[str, LoRALinear]) -> None:
+    """Let the linears of one module that read the same input be computed together."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in layers)
     for parent in parents:
         for names in SHARED_INPUTS:
@@ -274,8 +195,3 @@ def _join(layers: Mapping[str, LoRALinear]) -> None:
             together = [layer for layer in together if layer.lora_magnitude_vector is None]
             if len(together) > 1 and len({layer.in_features for layer in together}) == 1:
                 SharedInput(together)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
