@@ -24,7 +24,8 @@ def direction_norm(layer: "LoRALinear") -> Tensor:
     """`||W + scale * B A||` for each row, fp32 [O]."""
     # computed at each call: torch's fused AdamW does not count up a parameter's version, so none could tell it is stale
     v_OI = weight_OI(layer.base_layer).float()
-    return torch.addmm(v_OI, layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale).norm(dim=1)
+    a_RI, b_OR = layer.factors()
+    return torch.addmm(v_OI, b_OR.float(), a_RI.float(), alpha=layer.scale).norm(dim=1)
 
 
 def add_magnitude(layer: "LoRALinear") -> None:

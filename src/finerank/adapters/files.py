@@ -54,7 +54,7 @@ _NEUTRAL: dict[str, Any] = {
 
 def adapter_files(adapters: AdapterSet, *, base_model_name: str) -> dict[str, bytes]:
     """The adapter as file contents by name."""
-    config = {**adapters.config, "base_model_name_or_path": base_model_name}
+    config = {**adapters.file_config(), "base_model_name_or_path": base_model_name}
     metadata = {"format": "pt"} | ({SHARED: " ".join(adapters.groups)} if adapters.groups else {})
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return {CONFIG: text.encode(), TENSORS: _safetensors_bytes(adapters.state(), metadata)}

@@ -52,6 +52,9 @@ class LoRALinear(nn.Module):
         self.local: Local | None = None
         self.lora_magnitude_vector: nn.Parameter | None = None
         """DoRA's magnitudes [O]; None for LoRA."""
+        self.start_A: nn.Parameter | None = None
+        self.start_B: nn.Parameter | None = None
+        """Frozen factors that the adapter started from, where only the difference from them counts; see `factors`."""
 
     @property
     def weight(self) -> Tensor:
@@ -78,6 +81,16 @@ class LoRALinear(nn.Module):
         """R"""
         return self.lora_A.shape[0]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [O, R] whose product is the adapter's change; with a start A0, B0, of twice the rank.
+
+        `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: written so, nothing large cancels, in no precision.
+        """
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        a_RI = torch.cat([self.lora_A, self.lora_A - self.start_A])
+        return a_RI, torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
         if not self.is_active:
@@ -97,7 +110,8 @@ class LoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to the base's weight, fp32 [O, I]: `scale * B A`, or all that DoRA changes."""
-        change_OI = (self.lora_B.detach().float() @ self.lora_A.detach().float()).mul_(self.scale)
+        a_RI, b_OR = (factor.detach().float() for factor in self.factors())
+        change_OI = (b_OR @ a_RI).mul_(self.scale)
         if self.lora_magnitude_vector is None:
             return change_OI
         weight = weight_OI(self.base_layer).float()
@@ -123,15 +137,18 @@ class LoRALinear(nn.Module):
 
 def apply_lora(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same input."""
-    distinct: list[nn.Parameter] = []
-    members = []
+    positions: dict[int, int] = {}
+    distinct: list[Tensor] = []
+    lora_B, members = [], []
     for layer in layers:
-        position = next((i for i, a in enumerate(distinct) if a is layer.lora_A), len(distinct))
+        a_RI, b_OR = layer.factors()
+        position = positions.setdefault(id(layer.lora_A), len(distinct))
         if position == len(distinct):
-            distinct.append(layer.lora_A)
+            distinct.append(a_RI)
+        lora_B.append(b_OR)
         members.append(Member(layer.base_layer, layer.scale, position))
     dropout = layers[0].dropout if layers[0].training else 0.0
-    return adapted_linear(x, members, distinct, [layer.lora_B for layer in layers], dropout)
+    return adapted_linear(x, members, distinct, lora_B, dropout)
 
 
 class SharedInput:

@@ -23,6 +23,11 @@ class LocalSettings:
         None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 0.75 under the feedback rule"
     )
     lu_lora_freeze_after: int | None = setting(None, help="LU-LoRA: steps after which the local layers stop learning")
+    cache_boundary: bool = setting(
+        False,
+        help="LU-LoRA: once the local layers no longer learn, keep on disk what leaves them, and skip them in later "
+        "epochs",
+    )
 
 
 @dataclass(kw_only=True)
@@ -33,6 +38,14 @@ class AdapterSettings(LocalSettings):
         ["all-linear"],
         help="all-linear, HF names (q_proj v_proj), Megatron names (linear_qkv linear_fc1) or legacy names",
     )
+    lora_modules_to_save: list[str] = setting(
+        [],
+        help="modules that are trained whole beside the adapters, e.g. embed_tokens lm_head",
+        flags=("--modules-to-save",),
+    )
+    ensure_weight_tying: bool = setting(
+        False, help="what is trained on a tied embedding or head changes both alike, so they stay tied"
+    )
     lora_r: int = setting(16, help="rank of the adapters", flags=("--lora-rank",))
     lora_alpha: float = setting(32.0, help="scale: the change is multiplied by alpha / r")
     lora_dropout: float = setting(0.0, help="dropout on the adapters' input")
@@ -40,5 +53,9 @@ class AdapterSettings(LocalSettings):
     use_dora: bool = setting(False, help="DoRA: train each output feature's magnitude apart from its direction")
     lora_rank_pattern: dict[str, int] = setting({}, help="rank by module name or regular expression, e.g. down_proj=32")
     lora_alpha_pattern: dict[str, float] = setting({}, help="alpha by module name or regular expression")
+    init_lora_weights: str = setting(
+        "default", help="how adapters start: default, gaussian, orthogonal, pissa, pissa_niter_16, olora or eva"
+    )
+    eva_rho: float | None = setting(None, help="EVA: highest rank of a layer over the one it is given; default 2")
     loraplus_lr_ratio: float | None = setting(None, help="LoRA+: learning rate of lora_B over that of lora_A, e.g. 16")
     lora_load: str | None = setting(None, help="adapter to continue from, or to use", flags=("--lora-weights",))
