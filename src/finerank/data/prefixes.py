@@ -157,7 +157,7 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); preprocess the rows again.") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} holds no JSON object; preprocess the rows again.")

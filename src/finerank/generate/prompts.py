@@ -57,7 +57,7 @@ def _from_text(line: str, place: str, system: str | None) -> Prompt:
 def _from_json(line: str, place: str, system: str | None) -> Prompt:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON ({error}); write one JSON value on each line.") from error
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):

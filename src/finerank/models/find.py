@@ -143,11 +143,12 @@ def read_config_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{name} {_what_is_it(folder)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON ({_first_line(error)}); restore the file.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{path} names no model_type, so it is no Hugging Face model config; restore the file.")
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and (method := quantization.get("quant_method")):
         raise ModelError(f"{name} is stored quantised ({method}), which cannot be tuned; give the unquantised model.")
     return config
 
@@ -174,7 +175,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             continue
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if strange := [file for file in files if Path(file).name != file or "\0" in file]:
+                raise ValueError(f"it names {strange[0]!r}, which is no file of this folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index} is damaged ({_first_line(error)}); restore the file.") from error
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
@@ -196,7 +199,7 @@ def read_safetensors_header(path: Path) -> bytes:
             header = file.read(length)
         tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
         end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ModelError(f"{path} is no safetensors file or is torn ({_first_line(error)}); copy it again.") from error
     if end != size:
         raise ModelError(f"{path} is torn: {size} bytes, but its header promises {end}; copy it again.")

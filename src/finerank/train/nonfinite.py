@@ -149,7 +149,7 @@ def read_replay(path: Path) -> Replay:
         ]
         seeds = [tuple(int(n) for n in s) for s in about["seeds"]]
         step = int(about["step"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a replay file of finerank ({error}); give one that tune wrote."
         ) from error

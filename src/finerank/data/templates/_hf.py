@@ -172,7 +172,7 @@ class HFTemplate(Template):
             if message.role == "function":
                 try:
                     calls = json.loads(message.content)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise BadRow("a function call is not JSON") from error
                 calls = calls if isinstance(calls, list) else [calls]
                 shown = [{"type": "function", "function": call} for call in calls]

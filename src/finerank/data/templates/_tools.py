@@ -62,7 +62,7 @@ def functions_of(tools: str) -> list[dict[str, Any]]:
     """The tools of a row, without the wrapping that says they are functions. Raises BadRow."""
     try:
         listed = json.loads(tools)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow("tools are not JSON") from error
     if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
         raise BadRow("tools are not a list of objects")
@@ -75,13 +75,18 @@ def functions_of(tools: str) -> list[dict[str, Any]]:
 def _describe(function: dict[str, Any]) -> str:
     parameters = function.get("parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
-    required = parameters.get("required") or []
+    required = parameters.get("required")
+    required = required if isinstance(required, list) else []
     lines = ""
     properties = parameters.get("properties")
     for name, value in (properties if isinstance(properties, dict) else {}).items():
         value = value if isinstance(value, dict) else {}
         must = ", required" if name in required else ""
-        enum = f", should be one of [{', '.join(map(str, value['enum']))}]" if value.get("enum") else ""
+        enum = (
+            f", should be one of [{', '.join(map(str, value['enum']))}]"
+            if isinstance(value.get("enum"), list) and value["enum"]
+            else ""
+        )
         items = value.get("items")
         of = f", where each item should be {items.get('type', '')}" if isinstance(items, dict) else ""
         lines += f"  - {name} ({value.get('type', '')}{must}): {value.get('description', '')}{enum}{of}\n"
@@ -94,7 +99,7 @@ def calls_of(content: str) -> list[tuple[str, Any]]:
     """(name, arguments) of calls written as JSON: one object, or a list of them. Raises BadRow."""
     try:
         calls = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow("a function call is not JSON") from error
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
