@@ -59,7 +59,9 @@ class Settings(ModelSettings, DataSettings, AdapterSettings, TrainSettings):
 def run(settings: Settings) -> int:
     """Tune; see the module's docstring. Returns the exit status."""
     from finerank.models.runtime import set_threads, tune_runtime
+    from finerank.train.stop import ignore_save_requests
 
+    ignore_save_requests()  # first of all: loading takes a while
     if settings.tune_runtime:
         tune_runtime(num_threads=settings.threads)
     set_threads(settings.threads)
@@ -77,15 +79,14 @@ def run(settings: Settings) -> int:
     from finerank.train.held_out import evaluate_loss
     from finerank.train.loop import TrainLoop
     from finerank.train.state import use_deterministic_kernels
-    from finerank.train.stop import ignore_save_requests, run_lock
+    from finerank.train.stop import run_lock
 
     if settings.replay is not None:
         return _replay(settings, Path(settings.replay))
     folder = Path(settings.output_dir)
     with run_lock(folder):
-    ignore_save_requests()
-        run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
         tidy_after_kill(folder)
+        run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
         loaded = load_model(settings, seed=settings.seed)
         if settings.deterministic:
             use_deterministic_kernels(loaded.model.device)
@@ -242,14 +243,14 @@ def _start_or_resume(
 
     if checkpoint is not None:
         resume.check_origin(checkpoint, loop.origin, anyway=settings.resume_anyway, say=_say)
+        resume.check_place(checkpoint, folder, num_steps=loop.plan.num_steps, say=_say)
         loop.restore(checkpoint)
+        resume.take_over(checkpoint, folder, loop.state, keep_best=settings.keep_best, say=_say)
         _say(f"resuming {checkpoint.folder} after step {loop.state.step} of {loop.plan.num_steps}")
     else:
         run_folder.clear(folder)
     run_folder.write_config(folder, settings)
-        resume.check_place(checkpoint, folder, num_steps=loop.plan.num_steps, say=_say)
     run_folder.write_json(folder / "receipt.json", splits.receipt)
-        resume.take_over(checkpoint, folder, loop.state, keep_best=settings.keep_best, say=_say)
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TemplateSettings)}
     run_folder.write_json(
         folder / "template.json", {"name": template.name, "digest": template.digest, "settings": kept}

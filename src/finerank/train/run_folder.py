@@ -96,10 +96,10 @@ def write_files(folder: Path, write: Callable[[Path], Any]) -> None:
         write(Path(aside))
         for path in sorted(Path(aside).iterdir()):
             if path.is_file():
-                os.replace(path, folder / path.name)
                 fsync_path(path)
-
+                os.replace(path, folder / path.name)
         fsync_path(folder)
+
 
 def redact(text: str) -> str:
     """The text without anything that looks like an access token or a password in an address."""
