@@ -32,6 +32,7 @@ def main() -> None:
     from finerank.adapters.settings import AdapterSettings
     from finerank.models.attention import use_packed_attention
     from finerank.models.forward import verified_head
+    from finerank.models.fused.fuse import fuse
     from finerank.models.load import load_model
     from finerank.models.settings import ModelSettings
     from finerank.train.loop import TrainLoop
@@ -39,6 +40,7 @@ def main() -> None:
 
     loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype))
     use_packed_attention(loaded.model)
+    fuse(loaded.model)
     _, held_out, plan = load_rows(task, loaded.tokenizer)
     adapters = inject_adapters(loaded.model, AdapterSettings(lora_r=task.rank, lora_alpha=2.0 * task.rank), seed=1)
     verified_head(loaded.model)

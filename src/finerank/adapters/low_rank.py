@@ -3,7 +3,8 @@
 It stands for one linear or for several that read the same input (q, k and v; gate and up), each with its own `lora_A`
 or with a shared one. Compared with composing the same from `F.linear`:
 
-- the input is kept once, and nothing else of the size of the activations;
+- the input is kept once, and nothing else of the size of the activations; an input that says how to get it again from
+  what is kept anyway (`models.fused.recompute`) is not kept at all;
 - no weight gradient is formed for the frozen `W`, and no input gradient where nothing below is trained;
 - the low-rank terms are added in place to the base's product, forward and backward;
 - the factors of all members are multiplied with the input in one product.
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from finerank.models.fused.recompute import Recipe, recipe_of
 
 
 def weight_OI(base: nn.Module) -> Tensor:
@@ -64,7 +67,7 @@ def adapted_linear(
     """
     assert len(members) == len(lora_B)
     keep = [_keep_mask(x, dropout) for _ in lora_A] if dropout > 0.0 else []
-    return _AdaptedLinear.apply(x, tuple(members), len(lora_A), dropout, *lora_A, *lora_B, *keep)
+    return _AdaptedLinear.apply(x, recipe_of(x), tuple(members), len(lora_A), dropout, *lora_A, *lora_B, *keep)
 
 
 def _keep_mask(x: Tensor, dropout: float) -> Tensor:
@@ -74,7 +77,13 @@ def _keep_mask(x: Tensor, dropout: float) -> Tensor:
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, members: tuple[Member, ...], num_a: int, dropout: float, *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        recipe: Recipe | None,
+        members: tuple[Member, ...],
+        num_a: int,
+        dropout: float,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         lora_A, lora_B = tensors[:num_a], tensors[num_a : num_a + len(members)]
@@ -91,13 +100,17 @@ class _AdaptedLinear(torch.autograd.Function):
             y_NO = F.linear(x_NI, weight_OI(member.base), member.base.bias)  # type: ignore[arg-type]
             y_NO.addmm_(h_NS[:, spans[member.a]], b.to(x.dtype).T, alpha=member.scale)
             outputs.append(y_NO.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x_NI, h_NS, *tensors)
+        kept, ctx.again = ((x_NI,), None) if recipe is None else recipe
+        ctx.save_for_backward(h_NS, *tensors, *kept)
+        ctx.num_tensors = len(tensors)
         ctx.members, ctx.num_a, ctx.dropout, ctx.x_shape = members, num_a, dropout, x.shape
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        x_NI, h_NS, *tensors = ctx.saved_tensors
+        h_NS, *tensors = ctx.saved_tensors
+        tensors, kept = tensors[: ctx.num_tensors], tensors[ctx.num_tensors :]
+        x_NI: Tensor = kept[0] if ctx.again is None else ctx.again(*kept)
         members, num_a = ctx.members, ctx.num_a
         lora_A, lora_B = tensors[:num_a], tensors[num_a : num_a + len(members)]
         keep = tensors[num_a + len(members) :]
@@ -123,7 +136,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dh_NS[:, span] = 0
         das, dx_NI = _input_side(x_NI, dh_NS, dx_NI, lora_A, keep, ctx.dropout)
         dx = None if dx_NI is None else dx_NI.view(ctx.x_shape)
-        return dx, None, None, None, *das, *dbs, *([None] * len(keep))
+        return dx, None, None, None, None, *das, *dbs, *([None] * len(keep))
 
 
 def _input_side(

@@ -60,6 +60,9 @@ class RunSettings:
         choices=("last", "best"),
         help="which weights become the run's adapter: of the last step or of best loss",
     )
+    fused: bool = setting(
+        True, help="norms and gated MLPs as single steps that keep less memory; same forward, bit for bit"
+    )
     threads: int | None = setting(None, help="CPU threads; default: all that this process may use")
     tune_runtime: bool = setting(
         True, help="start the program anew, once, with allocator and large-page settings that make steps faster"

@@ -1,0 +1,1 @@
+"""Elementwise chains of a decoder layer as single autograd steps that keep less; see `fuse`."""
