@@ -27,7 +27,8 @@ ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",  # large blocks come from the heap, which can be kept ...
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # ... and is never given back
     "MALLOC_TOP_PAD_": str(64 << 20),
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages for its tensors
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages for its tensors ...
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # ... and the heap for itself, from glibc 2.35 on
 }
 
 
