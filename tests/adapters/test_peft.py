@@ -197,10 +197,9 @@ def test_bytes_are_the_same_in_another_process(tmp_path):
 @pytest.mark.parametrize(
     "config, word",
     [
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens"),
     ],
 )
 def test_features_that_are_not_supported_are_named(tmp_path, config, word):

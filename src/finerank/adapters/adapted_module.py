@@ -8,7 +8,7 @@
 Each takes the place of the module in the model, keeps it as `base_layer`, and knows its tensors' names in PEFT's file.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class AdaptedModule(nn.Module):
+class AdaptedModule(nn.Module, ABC):
     """A frozen module with something trained on it. While `is_active` is False it is the base module."""
 
     def __init__(self, base_layer: nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finerank.adapters.adapted_module import AdaptedModule
+from finerank.adapters.embedding import embedding_and_head, is_tied, untie_
 from finerank.adapters.lora import LoRALinear
 from finerank.adapters.shapes import by_pattern
 from finerank.models.quantized import num_weights
@@ -110,9 +111,11 @@ class AdapterSet:
         # not the config's target_modules, which PEFT may have written as a regular expression
         names = sorted({name.rpartition(".")[2] for name in self.layers})
         shared = f", lora_A shared in {' '.join(self.groups)}" if self.groups else ""
+        if self.parts:
+            shared += f", and {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in self.parts))}"
+        linears = f"LoRA on {len(self.layers)} linears ({', '.join(names[:8])}), rank {'/'.join(map(str, ranks))}"
         return (
-            f"LoRA on {len(self.layers)} linears ({', '.join(names[:8])}), rank "
-            f"{'/'.join(map(str, ranks))}{shared}: {self.num_parameters:,} trained parameters, "
+            f"{linears if self.layers else 'No LoRA on linears'}{shared}: {self.num_parameters:,} trained parameters, "
             f"{100 * share:.2f}% of the base"
         )
 
@@ -130,16 +133,23 @@ class AdapterSet:
                 module.is_active = was_active
 
     def merge_(self) -> None:
-        """Add every change to the base's weights, one rounding each, and put the plain linears back for good."""
-        for module in (*self.layers.values(), *self.parts.values()):
+        """Add every change to the base's weights, one rounding each, and put the plain modules back for good.
+
+        A tied embedding and head of which only one changed, or both in their own ways, are untied.
+        """
+        changed: list[LoRALinear | AdaptedModule] = [*self.layers.values(), *self.parts.values()]
+        stays_tied = bool(self.config.get("ensure_weight_tying")) or not is_tied(self.model)
+        if not stays_tied and any(module in changed for module in embedding_and_head(self.model)):
+            untie_(self.model)
+        for module in changed:
             module.merge_()
         self.remove()
 
     def remove(self) -> None:
         """Put the base's modules back into the model."""
-        for name, module in (*self.layers.items(), *self.parts.items()):
-            put_module(self.model, name, module.base_layer)
-
+        for name, base in {n: m.base_layer for n, m in (*self.layers.items(), *self.parts.items())}.items():
+            assert isinstance(base, nn.Module)
+            put_module(self.model, name, base)
 
     def remove_layer(self, name: str) -> None:
         """Put one of the base's linears back into the model."""

@@ -22,23 +22,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finerank.adapters.inject import FILE_PREFIX, AdapterSet, new_config, place_adapters
-from finerank.adapters.low_rank import weight_OI
-from finerank.adapters.shapes import shape_of
-from finerank.adapters.targets import GROUPS, Target, linear_names, short_names
+from finerank.adapters.adapter_set import AdapterSet
+from finerank.adapters.file_tensors import CONFIG, TENSORS, check_tensors, drop_tied_head, sort_tensors
+from finerank.adapters.inject import NEWER_KEYS, new_config, place_adapters
+from finerank.adapters.targets import GROUPS, Target, linear_names
 from finerank.errors import AdapterError
 from finerank.files import replace_file
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = "finerank_shared_lora_A"
-
-_NUM_DIMS = {"lora_A": 2, "lora_B": 2, "lora_magnitude_vector": 1}
 
 # Features of LoraConfig that change what the tensors mean and are not offered for a running model.
 _NEUTRAL: dict[str, Any] = {
     "bias": "none",
     "lora_bias": False,
-    "modules_to_save": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "layer_replication": None,
@@ -138,17 +134,22 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
                 "into the base with PEFT, and load the merged model."
             )
     tensors, metadata = _read_tensors(folder / TENSORS)
-    layers = _by_layer(tensors, folder)
-    _check_shapes(model, layers, config, folder)
-    names = [name for name in linear_names(model) if name in layers]
-    targets = _with_groups(names, layers, metadata.get(SHARED, "").split())
-    adapters = place_adapters(model, targets, _normal(config), seed=0, trainable=trainable)
+    found = sort_tensors(tensors, folder)
+    check_tensors(model, found, config, folder)
+    if config.get("ensure_weight_tying"):
+        drop_tied_head(model, found, folder)
+    names = [name for name in linear_names(model) if name in found.linears]
+    targets = _with_groups(names, found.linears, metadata.get(SHARED, "").split())
+    targets += [Target(name, kind="embedding") for name in found.embeddings]
+    adapters = place_adapters(model, targets, _normal(config), saved=list(found.whole), seed=0, trainable=trainable)
     with torch.no_grad():
         for name, layer in adapters.layers.items():
-            layer.lora_A.copy_(layers[name]["lora_A"])
-            layer.lora_B.copy_(layers[name]["lora_B"])
+            layer.lora_A.copy_(found.linears[name]["lora_A"])
+            layer.lora_B.copy_(found.linears[name]["lora_B"])
             if layer.lora_magnitude_vector is not None:
-                layer.lora_magnitude_vector.copy_(layers[name]["lora_magnitude_vector"])
+                layer.lora_magnitude_vector.copy_(found.linears[name]["lora_magnitude_vector"])
+        for name, part in adapters.parts.items():
+            part.load_(found.of_part(name))
     return adapters
 
 
@@ -163,54 +164,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is damaged ({error}); copy the adapter again.") from error
-
-
-def _by_layer(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(FILE_PREFIX).removesuffix(".weight").rpartition(".")
-        if part == "default":  # some programs keep PEFT's adapter name in the file
-            name, _, part = name.rpartition(".")
-        if _NUM_DIMS.get(part) != tensor.dim():
-            raise AdapterError(
-                f"{folder / TENSORS} holds {key}, which is neither a lora_A nor a lora_B of a linear; merge the "
-                "adapter into the base with PEFT, and load the merged model."
-            )
-        layers.setdefault(name, {})[part] = tensor
-    if not layers:
-        raise AdapterError(f"{folder / TENSORS} holds no adapter; train it again or give another folder.")
-    for name, parts in layers.items():
-        if not {"lora_A", "lora_B"} <= set(parts):
-            raise AdapterError(f"{folder / TENSORS} lacks the other half of {name}.{next(iter(parts))}; copy it again.")
-    return layers
-
-
-def _check_shapes(
-    model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], folder: Path
-) -> None:
-    linears = linear_names(model)
-    base = config.get("base_model_name_or_path") or "the base it was trained on"
-    for name, parts in layers.items():
-        if name not in linears:
-            raise AdapterError(
-                f"{folder} adapts {name}, which this model does not have (it has {short_names(linears)}); load {base}."
-            )
-        a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
-        if bool(config.get("use_dora")) != (magnitude is not None):
-            raise AdapterError(f"{folder}: use_dora in {CONFIG} and the tensors of {name} disagree; copy it again.")
-        if magnitude is not None and magnitude.shape[0] != b.shape[0]:
-            raise AdapterError(f"{folder}: {name} has {magnitude.shape[0]} magnitudes for {b.shape[0]} features.")
-        wanted = weight_OI(model.get_submodule(name)).shape
-        if (b.shape[0], a.shape[1]) != tuple(wanted):
-            raise AdapterError(
-                f"{folder} was trained on another base: its {name} maps {a.shape[1]} to {b.shape[0]} features, this "
-                f"model's maps {wanted[1]} to {wanted[0]}; load {base}."
-            )
-        rank = shape_of(config, name).rank
-        if a.shape[0] != rank or b.shape[1] != rank:
-            raise AdapterError(
-                f"{folder}: {name} has rank {a.shape[0]} in {TENSORS} and {rank} in {CONFIG}; correct {CONFIG}."
-            )
 
 
 def _with_groups(names: list[str], layers: Mapping[str, Mapping[str, Tensor]], groups: list[str]) -> list[Target]:
@@ -230,5 +183,5 @@ def _with_groups(names: list[str], layers: Mapping[str, Mapping[str, Tensor]], g
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `AdapterSet.config` promises, from a config that may lack keys of other PEFT versions."""
-    known = new_config()
-    return {**known, **{key: value for key, value in config.items() if key in known}, "inference_mode": True}
+    known = {*new_config(), *NEWER_KEYS}
+    return new_config(**{key: value for key, value in config.items() if key in known} | {"inference_mode": True})

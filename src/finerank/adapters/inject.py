@@ -9,7 +9,6 @@ A fresh adapter changes nothing: `lora_B` is zero. `lora_A` is drawn from a gene
 layer's name, so it depends neither on the order of layers nor on which other layers have one.
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from finerank.adapters.adapted_module import AdaptedModule
 from finerank.adapters.adapter_set import FILE_PREFIX, AdapterSet, put_module
 from finerank.adapters.dora import add_magnitude
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
 from finerank.adapters.lu_lora import local_targets
+from finerank.adapters.parts import choose, place_parts
+from finerank.adapters.saved_modules import peft_modules_to_save
+from finerank.adapters.seeding import named_generator
 from finerank.adapters.settings import AdapterSettings
 from finerank.adapters.shapes import shape_of
 from finerank.adapters.targets import (
@@ -53,7 +56,9 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
         ConfigError: a rank, dropout or alpha out of range.
     """
     _check(settings)
-    targets, local_ranks = local_targets(model, find_targets(model, settings.lora_target_modules), settings)
+    chosen = choose(model, find_targets(model, settings.lora_target_modules), settings)
+    linears, local_ranks = local_targets(model, [t for t in chosen.targets if t.kind == "linear"], settings)
+    targets = [*linears, *(t for t in chosen.targets if t.kind != "linear")]
     ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern") | local_ranks
     alphas = expand_patterns(settings.lora_alpha_pattern, targets, flag="--lora-alpha-pattern")
     # the local layers' own rank shall not change their scale
@@ -69,11 +74,13 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         target_modules=peft_target_modules(model, targets),
+        modules_to_save=peft_modules_to_save(model, chosen.saved) if chosen.saved else None,
+        ensure_weight_tying=settings.ensure_weight_tying,
         rank_pattern={pattern: int(rank) for pattern, rank in ranks.items()},
         alpha_pattern={pattern: _whole(alpha) for pattern, alpha in alphas.items()},
         fan_in_fan_out=any(isinstance(modules[target.name], Conv1D) for target in targets),
     )
-    return place_adapters(model, targets, config, seed=seed, trainable=True)
+    return place_adapters(model, targets, config, saved=chosen.saved, seed=seed, trainable=True)
 
 
 def _warn_of_fused_experts(modules: Mapping[str, nn.Module], settings: AdapterSettings) -> None:
@@ -101,6 +108,10 @@ def _check(settings: AdapterSettings) -> None:
 def _whole(number: float) -> float | int:
     """PEFT's files write an alpha of 32 as 32, not 32.0."""
     return int(number) if float(number).is_integer() else number
+
+
+NEWER_KEYS = ("ensure_weight_tying",)
+"""Written only where they are used: older PEFT versions warn of keys that they do not know."""
 
 
 def new_config(**values: Any) -> dict[str, Any]:
@@ -133,20 +144,26 @@ def new_config(**values: Any) -> dict[str, Any]:
         "use_dora": False,
         "use_rslora": False,
     }
-    assert set(values) <= set(config), set(values) - set(config)
-    return {**config, **values}
+    assert set(values) <= {*config, *NEWER_KEYS}, set(values) - set(config)
+    return config | {key: value for key, value in values.items() if value or key not in NEWER_KEYS}
 
 
 def place_adapters(
-    model: nn.Module, targets: Sequence[Target], config: dict[str, Any], *, seed: int, trainable: bool
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: dict[str, Any],
+    *,
+    saved: Sequence[str] = (),
+    seed: int,
+    trainable: bool,
 ) -> AdapterSet:
-    """Replace the targets by LoRALinear with fresh factors, and join those that read the same input."""
+    """Put fresh adapters on the targets, join the linears that read the same input, and copy what is trained whole."""
     modules = dict(model.named_modules())
-    if any(isinstance(module, LoRALinear) for module in modules.values()):
+    if any(isinstance(module, LoRALinear | AdaptedModule) for module in modules.values()):
         raise AdapterError("The model already has an adapter; remove or merge it first, or load the model anew.")
     layers: dict[str, LoRALinear] = {}
     shared: dict[str, nn.Parameter] = {}
-    for target in targets:
+    for target in (t for t in targets if t.kind == "linear"):
         base, shape = modules[target.name], shape_of(config, target.name)
         weight = weight_OI(base)
         lora_A = shared.get(target.group or "")
@@ -169,7 +186,9 @@ def place_adapters(
         layers[target.name] = layer
     join_shared_inputs(layers)
     groups = sorted({target.group.rpartition(":")[2] for target in targets if target.group})
-    adapters = AdapterSet(model, layers, config, groups)
+    others = [target for target in targets if target.kind != "linear"]
+    parts = place_parts(model, others, saved, config, seed=seed, trainable=trainable)
+    adapters = AdapterSet(model, layers, config, groups, parts)
     logger.info("%s", adapters.describe())
     return adapters
 
@@ -178,12 +197,6 @@ def _fresh_A(name: str, rank: int, in_features: int, *, seed: int) -> Tensor:
     """Kaiming-uniform with a = sqrt(5), as `nn.Linear` and PEFT start: uniform within 1 / sqrt(in_features)."""
     bound = 1.0 / math.sqrt(in_features)
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=named_generator(seed, name))
-
-
-def named_generator(seed: int, name: str) -> torch.Generator:
-    """A random generator that depends on the run's seed and a layer's name only."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def join_shared_inputs(layers: Mapping[str, LoRALinear]) -> None:

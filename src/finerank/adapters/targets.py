@@ -1,8 +1,9 @@
-"""Which linears get an adapter, and which of them share a `lora_A`.
+"""Which modules get an adapter, and which of them share a `lora_A`.
 
     all-linear                                         every linear but the output head, as PEFT has it
     q_proj v_proj                                      Hugging Face names: the last parts of a module's name
     layers.0.self_attn.q_proj                          ... as many parts as are given
+    embed_tokens lm_head                               embedding and output head, where they are named
     .*layers\\.(0|1)\\..*_proj                           a regular expression for whole names
     linear_qkv linear_proj linear_fc1 linear_fc2       Megatron names: groups whose members share one lora_A
     query_key_value dense dense_h_to_4h dense_4h_to_h  the same, legacy names
@@ -13,7 +14,8 @@ Names and patterns match as PEFT matches them, so the same setting selects the s
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,11 +46,12 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that gets an adapter."""
+    """A module that gets an adapter."""
 
     name: str
     group: str | None = None
     """Name of the shared `lora_A`'s group, e.g. `model.layers.0.self_attn:linear_qkv`; None with an own one."""
+    kind: Literal["linear", "embedding"] = "linear"
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -62,10 +65,11 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
-    """The linears that `targets` names, in the model's order. Raises AdapterError for a name that matches none."""
-    names = linear_names(model)
+    """The modules that `targets` names, in the model's order. Raises AdapterError for a name that matches none."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if is_linear(module) or isinstance(module, nn.Embedding)]
     if not targets:
-        raise AdapterError(f"--lora-target-modules is empty; linears here: {short_names(names)}.")
+        raise AdapterError(f"--lora-target-modules is empty; linears here: {short_names(linear_names(model))}.")
     chosen: dict[str, Target] = {}
     for target in targets:
         found = _find(model, names, target)
@@ -74,7 +78,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
         for one in found:
             if one.name in chosen and chosen[one.name].group != one.group:
                 raise AdapterError(f"--lora-target-modules names {one.name} twice, with and without a shared lora_A.")
-            chosen[one.name] = one
+            kind: Literal["linear", "embedding"] = "linear" if is_linear(modules[one.name]) else "embedding"
+            chosen[one.name] = replace(one, kind=kind)
     return [chosen[name] for name in names if name in chosen]
 
 
@@ -82,7 +87,7 @@ def _find(model: nn.Module, names: list[str], target: str) -> list[Target]:
     if target.lower() == ALL_LINEAR:
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         modules = dict(model.named_modules())
-        return [Target(name) for name in names if modules[name] is not head]
+        return [Target(name) for name in names if is_linear(modules[name]) and modules[name] is not head]
     if _is_pattern(target):
         try:
             return [Target(name) for name in names if re.fullmatch(target, name)]
@@ -109,8 +114,14 @@ def _no_match(target: str, names: list[str]) -> str:
     near = unknown_name("target", target, last_parts).partition("Did you mean")
     hint = f" Did you mean{near[2].partition('?')[0]}?" if near[1] else ""
     return (
-        f"--lora-target-modules: '{target}' matches no linear of this model.{hint} Linears here: {short_names(names)}."
+        f"--lora-target-modules: '{target}' matches no linear or embedding of this model.{hint} There are "
+        f"{short_names(names)}."
     )
+
+
+def layer_index(name: str) -> int | None:
+    """`model.layers.3.mlp.up_proj` -> 3; None outside the decoder layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def short_names(names: Iterable[str]) -> str:

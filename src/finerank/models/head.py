@@ -3,7 +3,8 @@
 The vocabulary head is the largest matrix product of a small model, and its logits the largest tensor: 2,048 tokens of a
 262,144-word vocabulary are 2 GiB in fp32. Here the head sees only positions that are trained, a chunk at a time; a
 chunk's logits turn into its probabilities and then, in place, into its gradient, from which the gradient of the hidden
-states is formed at once. Logits are computed once, and what backward keeps has the size of the hidden states.
+states is formed at once. Logits are computed once, and what backward keeps has the size of the hidden states. A head
+that learns (trained whole, or with an adapter on it) gets its gradient in the same way, summed chunk by chunk.
 
 Shapes: N trained positions, C positions of a chunk, D hidden, V vocabulary.
 """
@@ -14,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_CHUNK = 1 << 24
 """Most logits held at once (fp32: 64 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
@@ -40,14 +39,12 @@ class Head:
         """The vocabulary matrix."""
         return self.module.weight  # type: ignore[return-value]
 
-    @property
-    def is_frozen_linear(self) -> bool:
-        """Nothing in it learns, and its weight is at hand."""
-        return type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
-
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] in the hidden states' dtype."""
-        logits = self.module(hidden_ND)
+        return self.finish(self.module(hidden_ND))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Scale and cap what the module gave."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -58,48 +55,45 @@ class Head:
 def cross_entropy_sum(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """Sum of `-log softmax(logits)[target]` over N positions, fp32 scalar (fp64 for fp64 input).
 
-    Differentiable in `hidden_ND`; for a head that learns (an adapter sits on it) also in its parameters, at the price
-    of computing its logits again in backward.
+    Differentiable once in `hidden_ND` and in what the head's module learns.
 
     Args:
         head: see there.
         hidden_ND: final hidden states at trained positions.
         target_N: int64, the tokens to predict, all of them real ids.
     """
-    if head.is_frozen_linear:
-        return _CrossEntropySum.apply(hidden_ND, target_N, head)
-    total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
-    for chunk in _chunks(hidden_ND, head):
-        total = total + checkpoint(_learning_chunk, hidden_ND[chunk], target_N[chunk], head, use_reentrant=False)
-    return total
+    learned = [p for p in head.module.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    if learned or type(head.module) is not nn.Linear:
+        return _LearningCrossEntropySum.apply(hidden_ND, target_N, head, *learned)
+    return _CrossEntropySum.apply(hidden_ND, target_N, head)
 
 
-def _learning_chunk(hidden_CD: Tensor, target_C: Tensor, head: Head) -> Tensor:
-    return F.cross_entropy(head.logits(hidden_CD).to(_wide(hidden_CD)), target_C, reduction="sum")
-
-
-def _chunks(hidden_ND: Tensor, head: Head) -> Iterator[slice]:
+def chunks(hidden_ND: Tensor, head: Head) -> Iterator[slice]:
+    """Positions whose logits are held at once."""
     limit = LOGITS_PER_CHUNK if hidden_ND.device.type == "cpu" else LOGITS_PER_CHUNK_GPU
     size = max(MIN_CHUNK, limit // head.weight_VD.shape[0])
     for start in range(0, hidden_ND.shape[0], size):
         yield slice(start, start + size)
 
 
-def _wide(hidden: Tensor) -> torch.dtype:
+def wide(hidden: Tensor) -> torch.dtype:
+    """The dtype in which losses are computed: fp32, or fp64 for fp64."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 class _CrossEntropySum(torch.autograd.Function):
+    """Under a frozen linear, whose gradient towards the hidden states is one product."""
+
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head) -> Tensor:  # type: ignore[override]
-        total = torch.zeros((), dtype=_wide(hidden_ND), device=hidden_ND.device)
-        needs_grad = ctx.needs_input_grad[0]
-        gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
-        for chunk in _chunks(hidden_ND, head):
-            loss, grad_CD = _chunk(hidden_ND[chunk], target_N[chunk], head, needs_grad)
-            total += loss
-            if gradient_ND is not None and grad_CD is not None:
-                gradient_ND[chunk] = grad_CD
+        total = torch.zeros((), dtype=wide(hidden_ND), device=hidden_ND.device)
+        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for chunk in chunks(hidden_ND, head):
+            logits_CV = head.module(hidden_ND[chunk])
+            loss_C, grad_CV = loss_and_gradient(head, logits_CV, target_N[chunk], needs_grad=gradient_ND is not None)
+            total += loss_C.sum()
+            if gradient_ND is not None and grad_CV is not None:
+                gradient_ND[chunk] = grad_CV @ head.weight_VD
         ctx.save_for_backward(gradient_ND)
         return total
 
@@ -109,22 +103,58 @@ class _CrossEntropySum(torch.autograd.Function):
         return gradient_ND * grad.to(gradient_ND.dtype), None, None
 
 
-def _chunk(hidden_CD: Tensor, target_C: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of a chunk, and the gradient of its hidden states."""
-    wide = _wide(hidden_CD)
-    logits_CV = head.logits(hidden_CD)
+class _LearningCrossEntropySum(torch.autograd.Function):
+    """Under any other module: autograd goes through the module alone, chunk by chunk, during forward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head, *learned: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=wide(hidden_ND), device=hidden_ND.device)
+        gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        gradients = [torch.zeros_like(p) for p in learned]
+        needs_grad = gradient_ND is not None or bool(learned)
+        for chunk in chunks(hidden_ND, head):
+            hidden_CD = hidden_ND[chunk].detach().requires_grad_(gradient_ND is not None)
+            with torch.set_grad_enabled(needs_grad):
+                logits_CV = head.module(hidden_CD)
+            loss_C, grad_CV = loss_and_gradient(head, logits_CV.detach(), target_N[chunk], needs_grad=needs_grad)
+            total += loss_C.sum()
+            if not needs_grad:
+                continue
+            sums = [*gradients] if gradient_ND is None else [*gradients, gradient_ND[chunk]]
+            inputs = [*learned] if gradient_ND is None else [*learned, hidden_CD]
+            found = torch.autograd.grad(logits_CV, inputs, grad_CV, allow_unused=True)
+            for total_grad, part in zip(sums, found, strict=True):
+                if part is not None:
+                    total_grad.add_(part)
+        ctx.save_for_backward(gradient_ND, *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        gradient_ND, *gradients = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return gradient_ND, None, None, *gradients
+
+
+def loss_and_gradient(
+    head: Head, raw_CV: Tensor, target_C: Tensor, *, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each position [C], and their sum's gradient [C, V] towards what the head's module gave, in its dtype."""
+    wide_dtype = wide(raw_CV)
+    logits_CV = head.finish(raw_CV)
     top_C = logits_CV.amax(dim=1)
-    at_target_C = logits_CV.gather(1, target_C[:, None]).squeeze(1).to(wide)
-    probs_CV = torch.softmax(logits_CV, dim=1, dtype=wide)
+    at_target_C = logits_CV.gather(1, target_C[:, None]).squeeze(1).to(wide_dtype)
+    probs_CV = torch.softmax(logits_CV, dim=1, dtype=wide_dtype)
     # logsumexp = top - log p(top): p(top) is at least 1/V, so this is exact where log p(target) would underflow
-    lse_C = top_C.to(wide) - probs_CV.amax(dim=1).log()
-    loss = (lse_C - at_target_C).sum()
+    lse_C = top_C.to(wide_dtype) - probs_CV.amax(dim=1).log()
+    loss_C = lse_C - at_target_C
     if not needs_grad:
-        return loss, None
+        return loss_C, None
     grad_CV = probs_CV
     grad_CV[torch.arange(len(target_C), device=target_C.device), target_C] -= 1.0
     if head.softcap is not None:  # d tanh: 1 - (capped / softcap)^2
-        grad_CV *= 1.0 - (logits_CV.to(wide) / head.softcap).square_()
+        grad_CV *= 1.0 - (logits_CV.to(wide_dtype) / head.softcap).square_()
     if head.scale != 1.0:
         grad_CV *= head.scale
-    return loss, grad_CV.to(hidden_CD.dtype) @ head.weight_VD
+    return loss_C, grad_CV.to(raw_CV.dtype)

@@ -1,0 +1,173 @@
+"""The tensors of an adapter file, sorted by what they belong to, and checked against the model.
+
+....q_proj.lora_A.weight   .lora_B.weight   .lora_magnitude_vector       a linear
+....embed_tokens.lora_embedding_A   .lora_embedding_B                    an embedding
+....embed_tokens.base_layer.weight                                       what PEFT saves along with it
+....lm_head.weight                                                       a module saved whole
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finerank.adapters.adapter_set import FILE_PREFIX
+from finerank.adapters.embedding import is_tied
+from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.parts import pair_names
+from finerank.adapters.saved_modules import check_saved
+from finerank.adapters.shapes import shape_of
+from finerank.adapters.targets import linear_names, short_names
+from finerank.errors import AdapterError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+_FACTORS = {"lora_A": 2, "lora_B": 2, "lora_magnitude_vector": 1, "lora_embedding_A": 2, "lora_embedding_B": 2}
+"""Number of dimensions by the last part of a name."""
+
+
+@dataclass
+class FileTensors:
+    """By module name, then by part."""
+
+    linears: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)
+    """Base weights saved along with adapted embeddings."""
+
+    def of_part(self, name: str) -> Mapping[str, Tensor]:
+        """What belongs to an adapted module that is no linear."""
+        return self.embeddings.get(name) or self.whole.get(name) or {}
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
+    """Sort by name alone. Raises AdapterError for what no adapter has, or only one half of a pair."""
+    sorted_ = FileTensors()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(FILE_PREFIX)
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        if part == "default":  # some programs keep PEFT's adapter name in the file
+            module, _, part = module.rpartition(".")
+        if part in _FACTORS:
+            if _FACTORS[part] != tensor.dim():
+                raise AdapterError(f"{folder / TENSORS}: {key} has {tensor.dim()} dimensions; copy the adapter again.")
+            group = sorted_.embeddings if "embedding" in part else sorted_.linears
+            group.setdefault(module, {})[part] = tensor
+        elif "lora_" in name or "token_adapter" in name:
+            raise AdapterError(
+                f"{folder / TENSORS} holds {key}, which is of no kind that finerank knows; merge the adapter into the "
+                "base with PEFT, and load the merged model."
+            )
+        elif name.endswith(".base_layer.weight"):
+            sorted_.bases[name.removesuffix(".base_layer.weight")] = tensor
+        else:
+            module, _, part = name.replace(".modules_to_save.default", "").rpartition(".")
+            sorted_.whole.setdefault(module, {})[part] = tensor
+    if not (sorted_.linears or sorted_.embeddings or sorted_.whole):
+        raise AdapterError(f"{folder / TENSORS} holds no adapter; train it again or give another folder.")
+    for names, group in ((("lora_A", "lora_B"), sorted_.linears), (_EMBEDDING, sorted_.embeddings)):
+        for module, parts in group.items():
+            if not set(names) <= set(parts):
+                raise AdapterError(
+                    f"{folder / TENSORS} lacks the other half of {module}.{next(iter(parts))}; copy it again."
+                )
+    return sorted_
+
+
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+
+
+def check_tensors(model: nn.Module, found: FileTensors, config: Mapping[str, Any], folder: Path) -> None:
+    """Raise AdapterError for tensors that do not fit the model or the config."""
+    base = config.get("base_model_name_or_path") or "the base it was trained on"
+    linears = linear_names(model)
+    modules = dict(model.named_modules())
+    for name, parts in found.linears.items():
+        if name not in linears:
+            raise AdapterError(
+                f"{folder} adapts {name}, which this model does not have (it has {short_names(linears)}); load {base}."
+            )
+        _check_linear(modules[name], name, parts, config, folder)
+    for name, parts in found.embeddings.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Embedding):
+            raise AdapterError(f"{folder} adapts the embedding {name}, which this model does not have; load {base}.")
+        if config.get("use_dora"):
+            raise AdapterError(f"{folder} puts DoRA on the embedding {name}; merge it with PEFT, and load the result.")
+        a, b = (parts[part] for part in _EMBEDDING)
+        _check_size(name, (a.shape[1], b.shape[0]), tuple(module.weight.shape), folder, base)
+        _check_rank(name, a.shape[0], b.shape[1], config, folder)
+    for name, parts in found.whole.items():
+        if name not in modules:
+            raise AdapterError(f"{folder} brings {name}, which this model does not have; load {base}.")
+        check_saved(modules[name], name, flag=str(folder))
+        own = modules[name].state_dict()
+        if set(own) != set(parts):
+            raise AdapterError(f"{folder}: {name} has {' '.join(sorted(parts))}, the model's {' '.join(sorted(own))}.")
+        for part, tensor in parts.items():
+            _check_size(f"{name}.{part}", tuple(tensor.shape), tuple(own[part].shape), folder, base)
+    for name, tensor in found.bases.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or not torch.equal(tensor.to(weight), weight):
+            raise AdapterError(
+                f"{folder} was trained on another {name} than this model's and brings it along; merge it with "
+                "finerank merge, and load the merged model."
+            )
+
+
+def _check_linear(
+    module: nn.Module, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
+) -> None:
+    base = config.get("base_model_name_or_path") or "the base it was trained on"
+    a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise AdapterError(f"{folder}: use_dora in {CONFIG} and the tensors of {name} disagree; copy it again.")
+    if magnitude is not None and magnitude.shape[0] != b.shape[0]:
+        raise AdapterError(f"{folder}: {name} has {magnitude.shape[0]} magnitudes for {b.shape[0]} features.")
+    wanted = weight_OI(module).shape
+    if (b.shape[0], a.shape[1]) != tuple(wanted):
+        raise AdapterError(
+            f"{folder} was trained on another base: its {name} maps {a.shape[1]} to {b.shape[0]} features, this "
+            f"model's maps {wanted[1]} to {wanted[0]}; load {base}."
+        )
+    _check_rank(name, a.shape[0], b.shape[1], config, folder)
+
+
+def _check_size(name: str, has: tuple[int, ...], wanted: tuple[int, ...], folder: Path, base: str) -> None:
+    if has != wanted:
+        raise AdapterError(
+            f"{folder} was trained on another base: its {name} is {' x '.join(map(str, has))}, this model's "
+            f"{' x '.join(map(str, wanted))}; load {base}."
+        )
+
+
+def _check_rank(name: str, of_a: int, of_b: int, config: Mapping[str, Any], folder: Path) -> None:
+    rank = shape_of(config, name).rank
+    if of_a != rank or of_b != rank:
+        raise AdapterError(f"{folder}: {name} has rank {of_a} in {TENSORS} and {rank} in {CONFIG}; correct {CONFIG}.")
+
+
+def drop_tied_head(model: nn.Module, found: FileTensors, folder: Path) -> None:
+    """With `ensure_weight_tying` the head follows the embedding: take its tensors out, which are the same."""
+    embedding, head = pair_names(model)
+    if embedding is None or head is None or not is_tied(model):
+        return
+    saved, low = found.whole.get(head), found.linears.get(head)
+    if saved is not None and embedding in found.whole:
+        is_same = torch.equal(saved["weight"], found.whole[embedding]["weight"])
+        del found.whole[head]
+    elif low is not None and embedding in found.embeddings:
+        a, b = (found.embeddings[embedding][part] for part in _EMBEDDING)
+        is_same = torch.equal(low["lora_A"], b.T) and torch.equal(low["lora_B"], a.T)
+        del found.linears[head]
+    else:
+        return
+    if not is_same:
+        raise AdapterError(
+            f"{folder} says ensure_weight_tying, but its {embedding} and {head} differ; set ensure_weight_tying to "
+            f"false in {CONFIG} to keep both."
+        )
