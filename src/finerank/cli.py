@@ -6,6 +6,7 @@ function `run(settings)`. Nothing heavy is imported before the flags are checked
 
 import ast
 import contextlib
+import errno
 import importlib.util
 import io
 import logging
@@ -14,11 +15,13 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from finerank import __version__, config, registry
 from finerank.errors import ConfigError, FinerankError, unknown_name
 
 RECIPES = "finerank.recipes"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,27 +31,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _dispatch(argv)
         sys.stdout.flush()  # here, so that a reader that went away is noticed here
+        _forget_unwritten(sys.stderr)
         return status
     except FinerankError as error:
-        print(f"finerank: {error}", file=sys.stderr)
+        _tell(f"finerank: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("finerank: interrupted", file=sys.stderr)
+        _tell("finerank: interrupted")
         return 130
     except BrokenPipeError:
         # what is still buffered has nowhere to go; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None or os.environ.get("FINERANK_TRACEBACK"):
+        if os.environ.get("FINERANK_TRACEBACK") or (error.filename is None and error.errno not in _UNWRITABLE):
             raise
         reason = (error.strerror or type(error).__name__).lower()
-        print(f"finerank: {error.filename}: {reason}; check the path, its permissions and the disk", file=sys.stderr)
+        if error.filename is None:
+            _forget_unwritten(sys.stdout)
+            _tell(f"finerank: the output cannot be written: {reason}; send it elsewhere")
+            return 5
+        _tell(f"finerank: {error.filename}: {reason}; check the path, its permissions and the disk")
         return 5
     except MemoryError:
         traceback.print_exc()
-        print("finerank: out of memory; lower --micro-batch-tokens or --seq-length", file=sys.stderr)
+        _tell("finerank: out of memory; lower --micro-batch-tokens or --seq-length")
         return 3
+
+
+def _tell(message: str) -> None:
+    """A line on stderr, if it can be written; the exit status says the same."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+    _forget_unwritten(sys.stderr)
+
+
+def _forget_unwritten(stream: Any) -> None:
+    """What cannot be written to a full disk or a closed pipe would make Python leave with a status of its own."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_any_text() -> None:

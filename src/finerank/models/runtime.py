@@ -11,6 +11,7 @@ Nothing is done where it could not help or is not wanted: other systems than Lin
 has set, `--no-tune-runtime`.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -44,7 +45,8 @@ def tune_runtime(*, num_threads: int | None = None) -> None:
     changes = wanted_environment(environment, num_threads=num_threads)
     if not changes or not _can_start_anew():
         return
-    print(f"runtime: {describe(changes)} (--no-tune-runtime leaves things alone)", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody has to read it
+        print(f"runtime: {describe(changes)} (--no-tune-runtime leaves things alone)", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, **changes, MARK: "1"})
 

@@ -7,7 +7,6 @@ which `--resume auto` goes on exactly. Ctrl-C and SIGTERM save and leave with ex
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +248,13 @@ def _start_or_resume(
         _say(f"resuming {checkpoint.folder} after step {loop.state.step} of {loop.plan.num_steps}")
     else:
         run_folder.clear(folder)
+    _describe(settings, folder, template, splits)
+
+
+def _describe(settings: Settings, folder: Path, template: "Template", splits: "Splits") -> None:
+    """What this run is: its settings, rows and template."""
+    from finerank.train import run_folder
+
     run_folder.write_config(folder, settings)
     run_folder.write_json(folder / "receipt.json", splits.receipt)
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TemplateSettings)}
@@ -288,6 +294,7 @@ def _leave(
     from finerank.train.metrics import FILE_NAME
 
     name = loaded.source.name
+    _describe(settings, folder, template, splits)  # once more, should someone have removed the folder meanwhile
     run_folder.write_files(folder, lambda aside: save_adapter(adapters, aside, base_model_name=name))
     run_folder.write_files(folder, loaded.tokenizer.save_pretrained)
     results = run_folder.results_of(
@@ -335,4 +342,6 @@ def _replay(settings: Settings, path: Path) -> int:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    from finerank.train.progress import say
+
+    say(message)

@@ -9,6 +9,7 @@ null, so every line is valid JSON. A skipped step (see `--on-nonfinite skip`) sa
 
 import contextlib
 import importlib
+import io
 import json
 import math
 import os
@@ -68,20 +69,39 @@ class Metrics:
         self._backlog = b""
         # unbuffered, so that a kill loses no finished step and a full disk leaves us knowing what was not written
         with storage_errors(path):
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+            self._file = self._open()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step. On a full disk the row waits and is written with a later one; StorageError says so."""
         self._backlog += _line(row).encode()
         numbers = {k: float(v) for k, v in row.items() if k != "step" and _is_finite_number(v)}
-        for tracker in self.trackers:
-            tracker.log(row["step"], numbers)
-        self._flush()
+        try:
+            for tracker in self.trackers:
+                with storage_errors(self.path.parent):
+                    tracker.log(row["step"], numbers)
+        finally:
+            self._flush()
+
+    def _open(self) -> io.FileIO:
+        return io.FileIO(self.path, "a+")
 
     def _flush(self) -> None:
         with storage_errors(self.path):
+            self._put_back()
             while self._backlog:
                 self._backlog = self._backlog[self._file.write(self._backlog) :]
+
+    def _put_back(self) -> None:
+        """When someone has removed the file, write it anew: the open one still has all rows."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return
+        self._file.seek(0)
+        rows = self._file.readall() or b""
+        with replace_file(self.path) as aside:
+            aside.write_bytes(rows)
+        self._file.close()
+        self._file = self._open()
 
     def flush_to_disk(self) -> None:
         """Bring the rows to the disk itself, where they survive a power cut, too. Raises StorageError."""
@@ -96,7 +116,8 @@ class Metrics:
         finally:
             self._file.close()
             for tracker in self.trackers:
-                tracker.close()
+                with storage_errors(self.path.parent):
+                    tracker.close()
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -2,9 +2,11 @@
 
     step 12/63  loss 1.8421  eval_loss 1.7903  lr 1.9e-04  14.2 rows/s  2213 tokens/s  ETA 1:02
 
-Everything goes to stderr; stdout is for results.
+Everything goes to stderr; stdout is for results. Where stderr cannot be written to any more (a closed terminal, a full
+disk) the run goes on in silence: metrics.jsonl has the same numbers.
 """
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -14,6 +16,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+
+def say(message: str) -> None:
+    """A line on stderr, if it can be written."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 class RunProgress:
@@ -39,10 +47,11 @@ class RunProgress:
 
     def say(self, message: str) -> None:
         """A line of its own, above the bar."""
-        if self._bar is not None:
+        if self._bar is None:
+            say(message)
+            return
+        with contextlib.suppress(OSError):
             self._bar.console.print(message, markup=False, highlight=False)
-        else:
-            print(message, file=sys.stderr, flush=True)
 
     def step(self, row: Mapping[str, Any], *, rows: int) -> None:
         """Show a metrics row of a step that took in `rows` samples; `rows` 0 is the evaluation before training."""
@@ -59,7 +68,8 @@ class RunProgress:
     def close(self) -> None:
         """Stop the bar and leave its last state on the screen."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
     def _text(self, row: Mapping[str, Any]) -> str:
         parts = [f"{key} {row[key]:.4f}" for key in ("loss", "eval_loss") if isinstance(row.get(key), float)]

@@ -92,6 +92,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_files(folder: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a folder aside, then move each file into `folder`; so each file is whole or absent."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".finerank-aside-", dir=folder) as aside:
         write(Path(aside))
         for path in sorted(Path(aside).iterdir()):
