@@ -6,7 +6,7 @@
 
 Arithmetic: `W' = W + scale * B A` (DoRA: times `m / row length`) in fp32, block of rows by block of rows, rounded once
 to the base's own dtype. The fp32 sum before that rounding is what the errors in the report are measured against.
-A tied embedding stays tied unless the adapter changed one side only; then both are written and the config says so.
+A tied embedding stays tied where both sides change alike; otherwise both are written and the config says so.
 """
 
 import math
@@ -171,14 +171,28 @@ def _untie(base: BaseModel, adapter: Adapter, changes: dict[str, Change], config
         if tied or resized:  # a head of the old size would be of no use, so the embedding was meant for both
             return
         changes[HEAD] = Change(embedding)
-    elif at_embedding is not None and at_head is not None:
-        both = at_embedding.whole, at_head.whole
-        low_rank = at_embedding.factors is not None or at_head.factors is not None
-        if not low_rank and both[0] is not None and both[1] is not None and same_bits(both[0], both[1]):
-            del changes[HEAD]
-            return
+    elif at_embedding is not None and at_head is not None and _is_same_change(at_embedding, at_head):
+        del changes[HEAD]
+        return
     config["tie_word_embeddings"] = False
-    yield f"the adapter changed one side of the tied embedding only, so {HEAD} is written and the config is untied"
+    yield f"the adapter changed the sides of the tied embedding apart, so {HEAD} is written and the config untied"
+
+
+def _is_same_change(at_embedding: Change, at_head: Change) -> bool:
+    """Both sides of a tied pair become the same."""
+    wholes = at_embedding.whole, at_head.whole
+    if any(whole is not None for whole in wholes) and not (
+        wholes[0] is not None and wholes[1] is not None and same_bits(wholes[0], wholes[1])
+    ):
+        return False
+    low, high = at_embedding.factors, at_head.factors
+    if low is None or high is None:
+        return low is high
+    # the head [V, D] is changed by B A, the embedding [V, D] by (B A)^T
+    transposed = same_bits(low.a_RI.T.contiguous(), high.b_OR.contiguous()) and same_bits(
+        low.b_OR.T.contiguous(), high.a_RI.contiguous()
+    )
+    return transposed and low.scale == high.scale and high.magnitude_O is None
 
 
 def _resize_vocabulary(

@@ -175,7 +175,8 @@ def _embedding_hook(factors: Factors) -> Any:
     a, b = factors.a_RI.float(), factors.b_OR.float()
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y + factors.scale * F.linear(F.embedding(args[0], a.T), b)
+        branch = factors.scale * F.linear(F.embedding(args[0], a.T), b)
+        return y + branch * getattr(module, "embed_scale", 1.0)  # Gemma scales the rows that it looks up
 
     return hook
 
