@@ -59,6 +59,12 @@ SETUPS = {
         ("--dtype", "bf16", "--micro-batch", "1"),
         ALLOCATOR,
     ),
+    "trainer-best": Setup(
+        "PEFT + HF Trainer, hand-tuned, with finerank's allocator settings and eager attention",
+        "hf_trainer.py",
+        ("--dtype", "bf16", "--micro-batch", "1", "--attention", "eager"),
+        ALLOCATOR,
+    ),
     "trainer-fp32": Setup(
         "PEFT + HF Trainer, fp32, micro-batch 1, large pages",
         "hf_trainer.py",

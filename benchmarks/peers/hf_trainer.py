@@ -8,7 +8,7 @@ from protocol import Contestant, Stopped, held_out_loss, load_rows, parse
 
 
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8)
+    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8, attention="sdpa")
 
     import torch
     from peft import LoraConfig, get_peft_model
@@ -19,6 +19,7 @@ def main() -> None:
     from finerank.models.settings import ModelSettings
 
     loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype))
+    loaded.model.set_attn_implementation(own.attention)
     train, held_out, plan = load_rows(task, loaded.tokenizer)
     config = LoraConfig(
         r=task.rank, lora_alpha=2 * task.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
