@@ -63,11 +63,10 @@ class InputComponents:
             self._mean_I = (self._mean_I * self._count + total_I) / count
             self._count = count
         singular, vectors = self._leading(rows)
-        self.variance_share_C = (singular.double().square() / self._squares_I.sum()).float()
+        self.variance_share_C = singular.double().square() / self._squares_I.sum()
         self.components_CI, self._singular_C = vectors, singular
         if before is not None:
-            self._singular_C = torch.empty(0)
-        self._settled_C = (torch.cosine_similarity(vectors, before) >= self.min_cosine).cpu()
+            self._settled_C = (torch.cosine_similarity(vectors, before) >= self.min_cosine).cpu()
 
     def _leading(self, rows_MI: Tensor) -> tuple[Tensor, Tensor]:
         columns = min(2 * self.num_components, *rows_MI.shape)
