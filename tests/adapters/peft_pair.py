@@ -14,10 +14,10 @@ IDS = torch.arange(3, 27).view(2, 12)
 LABELS = torch.where(torch.arange(12) < 3, -100, IDS.roll(-1, 1))
 
 
-def grown(model, **settings):
+def grown(model, *, token_ids=(), **settings):
     """Our adapters, all changing something."""
     values = {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "down_proj"], **settings}
-    adapters = inject_adapters(model, AdapterSettings(**values), seed=1)
+    adapters = inject_adapters(model, AdapterSettings(**values), seed=1, token_ids=token_ids)
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in adapters.parameters():
@@ -51,9 +51,9 @@ def their_gradients(model):
     return loss.item(), found
 
 
-def in_peft(family, folder, **overrides):
+def in_peft(model, folder):
     """The adapter of a folder, trainable, in PEFT."""
-    return peft.PeftModel.from_pretrained(tiny_model(family, **overrides), folder, is_trainable=True).eval()
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
 
 def by_peft(folder, family, **config):
@@ -69,14 +69,14 @@ def by_peft(folder, family, **config):
     return model.eval()
 
 
-def check_pair(folder, family, *, same_names=True, **settings):
+def check_pair(folder, family, *, make=tiny_model, same_names=True, **settings):
     """Ours against PEFT that read our file: logits, loss, gradients, and the names in the file that PEFT writes."""
-    model = tiny_model(family)
+    model = make(family)
     adapters = grown(model, **settings)
     with torch.no_grad():
         ours = model(IDS).logits
     save_adapter(adapters, folder, base_model_name="tiny")
-    theirs = in_peft(family, folder)
+    theirs = in_peft(make(family), folder)
     with torch.no_grad():
         wanted = theirs(IDS).logits
     assert (ours - wanted).abs().max() < 1e-5

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finerank.adapters.adapted_module import AdaptedModule
 from finerank.adapters.embedding import embedding_and_head, is_tied, untie_
 from finerank.adapters.lora import LoRALinear
+from finerank.adapters.new_tokens import TrainedRows
 from finerank.adapters.shapes import by_pattern
 from finerank.models.quantized import num_weights
 
@@ -139,7 +140,9 @@ class AdapterSet:
         """
         changed: list[LoRALinear | AdaptedModule] = [*self.layers.values(), *self.parts.values()]
         stays_tied = bool(self.config.get("ensure_weight_tying")) or not is_tied(self.model)
-        if not stays_tied and any(module in changed for module in embedding_and_head(self.model)):
+        pair = embedding_and_head(self.model)
+        follows = isinstance(pair[1], TrainedRows) and pair[1].follows
+        if not stays_tied and not follows and any(module in changed for module in pair):
             untie_(self.model)
         for module in changed:
             module.merge_()

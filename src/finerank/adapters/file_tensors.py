@@ -1,27 +1,31 @@
 """The tensors of an adapter file, sorted by what they belong to, and checked against the model.
 
-....q_proj.lora_A.weight   .lora_B.weight   .lora_magnitude_vector       a linear
-....embed_tokens.lora_embedding_A   .lora_embedding_B                    an embedding
-....embed_tokens.base_layer.weight                                       what PEFT saves along with it
-....lm_head.weight                                                       a module saved whole
+layers.0.self_attn.q_proj.lora_A.weight, .lora_B.weight, .lora_magnitude_vector      a linear
+embed_tokens.lora_embedding_A, .lora_embedding_B                                     an embedding
+embed_tokens.base_layer.weight                                       what PEFT saves along with it
+embed_tokens.token_adapter.trainable_tokens_delta                    trained rows
+lm_head.weight                                                       a module saved whole
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finerank.adapters.adapter_set import FILE_PREFIX
-from finerank.adapters.embedding import is_tied
+from finerank.adapters.embedding import check_embedding, is_tied
 from finerank.adapters.low_rank import weight_OI
+from finerank.adapters.new_tokens import ROWS
 from finerank.adapters.parts import pair_names
 from finerank.adapters.saved_modules import check_saved
 from finerank.adapters.shapes import shape_of
 from finerank.adapters.targets import linear_names, short_names
 from finerank.errors import AdapterError
+from finerank.models.vocabulary import grow_vocabulary
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,10 +42,13 @@ class FileTensors:
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
     """Base weights saved along with adapted embeddings."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Trained rows of an embedding or of a head."""
 
     def of_part(self, name: str) -> Mapping[str, Tensor]:
         """What belongs to an adapted module that is no linear."""
-        return self.embeddings.get(name) or self.whole.get(name) or {}
+        rows = {ROWS: self.rows[name]} if name in self.rows else {}
+        return self.embeddings.get(name) or self.whole.get(name) or rows
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
@@ -57,6 +64,8 @@ def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
                 raise AdapterError(f"{folder / TENSORS}: {key} has {tensor.dim()} dimensions; copy the adapter again.")
             group = sorted_.embeddings if "embedding" in part else sorted_.linears
             group.setdefault(module, {})[part] = tensor
+        elif name.removesuffix(".default").endswith(f".{ROWS}"):
+            sorted_.rows[name.removesuffix(".default").removesuffix(f".{ROWS}")] = tensor
         elif "lora_" in name or "token_adapter" in name:
             raise AdapterError(
                 f"{folder / TENSORS} holds {key}, which is of no kind that finerank knows; merge the adapter into the "
@@ -67,7 +76,7 @@ def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
         else:
             module, _, part = name.replace(".modules_to_save.default", "").rpartition(".")
             sorted_.whole.setdefault(module, {})[part] = tensor
-    if not (sorted_.linears or sorted_.embeddings or sorted_.whole):
+    if not (sorted_.linears or sorted_.embeddings or sorted_.whole or sorted_.rows):
         raise AdapterError(f"{folder / TENSORS} holds no adapter; train it again or give another folder.")
     for names, group in ((("lora_A", "lora_B"), sorted_.linears), (_EMBEDDING, sorted_.embeddings)):
         for module, parts in group.items():
@@ -81,7 +90,36 @@ def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
-def check_tensors(model: nn.Module, found: FileTensors, config: Mapping[str, Any], folder: Path) -> None:
+def grow_for(model: nn.Module, found: FileTensors, rows: Mapping[str, Sequence[int]], folder: Path) -> None:
+    """Give the model the rows that the adapter brings, where it has fewer. Raises AdapterError for a gap between."""
+    embedding, head = pair_names(model)
+    if embedding is None:
+        return
+    weight: Tensor = model.get_submodule(embedding).weight  # type: ignore[assignment]
+    now = weight.shape[0]
+    whole = [found.whole.get(name or "", {}).get("weight") for name in (embedding, head)]
+    sizes = [t.shape[0] for t in whole if t is not None]
+    ids = {i for name in rows for i in rows[name]}
+    wanted = max([now, *sizes, *(i + 1 for i in ids)])
+    if wanted == now:
+        return
+    if not sizes and not set(range(now, wanted)) <= ids:
+        raise AdapterError(
+            f"{folder} trains token {max(ids)}, and this model has only {now} rows, which leaves a gap; load the base "
+            "with the vocabulary that it was trained with."
+        )
+    assert isinstance(model, PreTrainedModel)
+    grow_vocabulary(model, wanted, num_known=now)
+
+
+def check_tensors(
+    model: nn.Module,
+    found: FileTensors,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    rows: Mapping[str, Sequence[int]],
+) -> None:
     """Raise AdapterError for tensors that do not fit the model or the config."""
     base = config.get("base_model_name_or_path") or "the base it was trained on"
     linears = linear_names(model)
@@ -110,6 +148,15 @@ def check_tensors(model: nn.Module, found: FileTensors, config: Mapping[str, Any
             raise AdapterError(f"{folder}: {name} has {' '.join(sorted(parts))}, the model's {' '.join(sorted(own))}.")
         for part, tensor in parts.items():
             _check_size(f"{name}.{part}", tuple(tensor.shape), tuple(own[part].shape), folder, base)
+    _, head = pair_names(model)
+    own = {name for name in rows if not (name == head and is_tied(model))}  # PEFT may name a tied head too
+    if set(found.rows) != own:
+        raise AdapterError(f"{folder}: trainable_token_indices in {CONFIG} and {TENSORS} disagree; copy it again.")
+    for name in own:
+        size = (len(rows[name]), modules[name].weight.shape[1])  # type: ignore[union-attr, operator]
+        _check_size(name, tuple(found.rows[name].shape), size, folder, base)
+        if isinstance(modules[name], nn.Embedding):
+            check_embedding(modules[name], name)
     for name, tensor in found.bases.items():
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor) or not torch.equal(tensor.to(weight), weight):

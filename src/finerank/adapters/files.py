@@ -23,11 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from finerank.adapters.adapter_set import AdapterSet
-from finerank.adapters.file_tensors import CONFIG, TENSORS, check_tensors, drop_tied_head, sort_tensors
+from finerank.adapters.file_tensors import CONFIG, TENSORS, check_tensors, drop_tied_head, grow_for, sort_tensors
 from finerank.adapters.inject import NEWER_KEYS, new_config, place_adapters
+from finerank.adapters.new_tokens import rows_by_module
+from finerank.adapters.parts import pair_names
 from finerank.adapters.targets import GROUPS, Target, linear_names
 from finerank.errors import AdapterError
 from finerank.files import replace_file
+from finerank.models.find import TOKENIZER_FILES
 
 SHARED = "finerank_shared_lora_A"
 
@@ -36,7 +39,6 @@ _NEUTRAL: dict[str, Any] = {
     "bias": "none",
     "lora_bias": False,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "layer_replication": None,
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -91,6 +93,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def brings_tokens(folder: Path) -> bool:
+    """The adapter has tokens that its base may lack: it trains rows, or whole matrices, and has its own tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return False
+    config = read_adapter_config(folder)
+    return bool(config.get("trainable_token_indices") or config.get("modules_to_save"))
+
+
 def _wrong_value(config: Mapping[str, Any]) -> str | None:
     """The first key whose value is not of the kind that PEFT writes; rank and alpha are looked at by layer."""
     for key in ("base_model_name_or_path", "revision"):
@@ -135,13 +145,21 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
             )
     tensors, metadata = _read_tensors(folder / TENSORS)
     found = sort_tensors(tensors, folder)
-    check_tensors(model, found, config, folder)
+    embedding, _ = pair_names(model)
+    modules = [name for name, _ in model.named_modules()]
+    indices = config.get("trainable_token_indices")
+    rows = rows_by_module(indices, modules, embedding=embedding, source=str(folder / CONFIG))
+    grow_for(model, found, rows, folder)
+    check_tensors(model, found, config, folder, rows=rows)
+    rows = {name: ids for name, ids in rows.items() if name in found.rows}
     if config.get("ensure_weight_tying"):
         drop_tied_head(model, found, folder)
     names = [name for name in linear_names(model) if name in found.linears]
     targets = _with_groups(names, found.linears, metadata.get(SHARED, "").split())
     targets += [Target(name, kind="embedding") for name in found.embeddings]
-    adapters = place_adapters(model, targets, _normal(config), saved=list(found.whole), seed=0, trainable=trainable)
+    adapters = place_adapters(
+        model, targets, _normal(config), saved=list(found.whole), rows=rows, seed=0, trainable=trainable
+    )
     with torch.no_grad():
         for name, layer in adapters.layers.items():
             layer.lora_A.copy_(found.linears[name]["lora_A"])

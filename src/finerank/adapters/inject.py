@@ -24,6 +24,7 @@ from finerank.adapters.dora import add_magnitude
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
 from finerank.adapters.lu_lora import local_targets
+from finerank.adapters.new_tokens import peft_token_indices
 from finerank.adapters.parts import choose, place_parts
 from finerank.adapters.saved_modules import peft_modules_to_save
 from finerank.adapters.seeding import named_generator
@@ -43,20 +44,23 @@ __all__ = ["FILE_PREFIX", "AdapterSet", "inject_adapters", "new_config", "place_
 logger = logging.getLogger(__name__)
 
 
-def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -> AdapterSet:
+def inject_adapters(
+    model: nn.Module, settings: AdapterSettings, *, seed: int, token_ids: Sequence[int] = ()
+) -> AdapterSet:
     """Fresh trainable adapters on the linears that the settings name.
 
     Args:
         model: frozen; its target linears are replaced in place.
         settings: targets, rank, alpha, dropout and patterns.
         seed: of lora_A; global random state is left alone.
+        token_ids: tokens whose rows in the vocabulary are trained whole, e.g. new ones.
 
     Raises:
         AdapterError: a target or pattern matches nothing, or ranks differ within a shared lora_A.
         ConfigError: a rank, dropout or alpha out of range.
     """
     _check(settings)
-    chosen = choose(model, find_targets(model, settings.lora_target_modules), settings)
+    chosen = choose(model, find_targets(model, settings.lora_target_modules), settings, token_ids=token_ids)
     linears, local_ranks = local_targets(model, [t for t in chosen.targets if t.kind == "linear"], settings)
     targets = [*linears, *(t for t in chosen.targets if t.kind != "linear")]
     ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern") | local_ranks
@@ -76,11 +80,12 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, *, seed: int) -
         target_modules=peft_target_modules(model, targets),
         modules_to_save=peft_modules_to_save(model, chosen.saved) if chosen.saved else None,
         ensure_weight_tying=settings.ensure_weight_tying,
+        trainable_token_indices=peft_token_indices(chosen.rows) if chosen.rows else None,
         rank_pattern={pattern: int(rank) for pattern, rank in ranks.items()},
         alpha_pattern={pattern: _whole(alpha) for pattern, alpha in alphas.items()},
         fan_in_fan_out=any(isinstance(modules[target.name], Conv1D) for target in targets),
     )
-    return place_adapters(model, targets, config, saved=chosen.saved, seed=seed, trainable=True)
+    return place_adapters(model, targets, config, saved=chosen.saved, rows=chosen.rows, seed=seed, trainable=True)
 
 
 def _warn_of_fused_experts(modules: Mapping[str, nn.Module], settings: AdapterSettings) -> None:
@@ -110,7 +115,7 @@ def _whole(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
-NEWER_KEYS = ("ensure_weight_tying",)
+NEWER_KEYS = ("ensure_weight_tying", "trainable_token_indices")
 """Written only where they are used: older PEFT versions warn of keys that they do not know."""
 
 
@@ -154,6 +159,7 @@ def place_adapters(
     config: dict[str, Any],
     *,
     saved: Sequence[str] = (),
+    rows: Mapping[str, Sequence[int]] | None = None,
     seed: int,
     trainable: bool,
 ) -> AdapterSet:
@@ -187,7 +193,7 @@ def place_adapters(
     join_shared_inputs(layers)
     groups = sorted({target.group.rpartition(":")[2] for target in targets if target.group})
     others = [target for target in targets if target.kind != "linear"]
-    parts = place_parts(model, others, saved, config, seed=seed, trainable=trainable)
+    parts = place_parts(model, others, saved, rows or {}, config, seed=seed, trainable=trainable)
     adapters = AdapterSet(model, layers, config, groups, parts)
     logger.info("%s", adapters.describe())
     return adapters

@@ -1,14 +1,14 @@
 """What is adapted beside the linears of the decoder: chosen, checked against each other, and put in place.
 
     chosen = choose(model, targets, settings)          # targets and whole modules, tied pairs made one
-    parts = place_parts(model, chosen.targets, chosen.saved, config, seed=1234, trainable=True)
+    parts = place_parts(model, chosen.targets, chosen.saved, chosen.rows, config, seed=1234, trainable=True)
 
 With `ensure_weight_tying` a tied pair is adapted on the embedding's side, and the head follows, as in PEFT.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from finerank.adapters.embedding import (
     embedding_and_head,
     is_tied,
 )
+from finerank.adapters.new_tokens import TrainedRows
 from finerank.adapters.saved_modules import SavedModule, find_saved
 from finerank.adapters.seeding import named_generator
 from finerank.adapters.settings import AdapterSettings
@@ -41,10 +42,16 @@ class Chosen:
     """Modules that get a low-rank change."""
     saved: tuple[str, ...] = ()
     """Modules that are trained whole."""
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Embedding, and head where it is not tied, with the ids whose rows are trained."""
+    ties: bool = False
+    """What is trained on the embedding changes the head alike."""
 
 
-def choose(model: nn.Module, targets: Sequence[Target], settings: AdapterSettings) -> Chosen:
-    """Targets and modules to save, checked against each other; a tied pair is named by its embedding.
+def choose(
+    model: nn.Module, targets: Sequence[Target], settings: AdapterSettings, *, token_ids: Sequence[int] = ()
+) -> Chosen:
+    """Targets, modules to save and rows, checked against each other; a tied pair is named by its embedding.
 
     Raises:
         AdapterError: a module is named twice, or the model cannot take what is asked for.
@@ -57,7 +64,7 @@ def choose(model: nn.Module, targets: Sequence[Target], settings: AdapterSetting
     chosen = Chosen(tuple(target for target in targets if target.name not in saved), tuple(saved))
     if settings.use_dora and (found := [t.name for t in chosen.targets if t.kind != "linear"]):
         raise ConfigError(f"--use-dora is for linears and cannot be put on {found[0]}; leave one of them out.")
-    chosen = _tie(model, chosen, settings)
+    chosen = _with_rows(model, _tie(model, chosen, settings), token_ids)
     _refuse_below_local(model, chosen, settings)
     return chosen
 
@@ -82,9 +89,30 @@ def _tie(model: nn.Module, chosen: Chosen, settings: AdapterSettings) -> Chosen:
         raise ConfigError("--ensure-weight-tying needs embedding and head trained alike; name only one of them.")
     assert embedding is not None
     if named[0] in chosen.saved:
-        return replace(chosen, saved=(embedding, *(n for n in chosen.saved if n not in named)))
+        return replace(chosen, saved=(embedding, *(n for n in chosen.saved if n not in named)), ties=True)
     kept = tuple(target for target in chosen.targets if target.name not in named)
-    return replace(chosen, targets=(Target(embedding, kind="embedding"), *kept))
+    return replace(chosen, targets=(Target(embedding, kind="embedding"), *kept), ties=True)
+
+
+def _with_rows(model: nn.Module, chosen: Chosen, token_ids: Sequence[int]) -> Chosen:
+    """Rows of new tokens, where the matrix is not trained whole anyway."""
+    if not token_ids:
+        return chosen
+    embedding, head = pair_names(model)
+    if embedding is None or head is None:
+        raise AdapterError("--add-tokens needs a model with an embedding and a head; this one lacks one of them.")
+    for target in chosen.targets:
+        if target.name in (embedding, head):
+            raise ConfigError(f"--add-tokens trains rows of {target.name}, which cannot have a low-rank adapter too.")
+    whole = [name for name in (embedding, head) if name in chosen.saved]
+    tied = is_tied(model)
+    if tied and head in whole and embedding not in whole:
+        raise ConfigError(f"--add-tokens with {head} trained whole needs {embedding} trained whole too; name both.")
+    if tied and whole:  # the head follows the embedding, or has a copy of its own
+        sides = [] if len(whole) == 2 or chosen.ties else [head]
+    else:
+        sides = [name for name in ([embedding] if tied else [embedding, head]) if name not in whole]
+    return replace(chosen, rows={name: tuple(token_ids) for name in sides})
 
 
 def pair_names(model: nn.Module) -> tuple[str | None, str | None]:
@@ -99,7 +127,7 @@ def _refuse_below_local(model: nn.Module, chosen: Chosen, settings: AdapterSetti
     if last is None:
         return
     embedding, _ = pair_names(model)
-    for name in (*chosen.saved, *(t.name for t in chosen.targets if t.kind != "linear")):
+    for name in (*chosen.saved, *chosen.rows, *(t.name for t in chosen.targets if t.kind != "linear")):
         index = layer_index(name)
         if name == embedding or (index is not None and index <= last):
             raise ConfigError(
@@ -112,6 +140,7 @@ def place_parts(
     model: nn.Module,
     targets: Sequence[Target],
     saved: Sequence[str],
+    rows: Mapping[str, Sequence[int]],
     config: Mapping[str, Any],
     *,
     seed: int,
@@ -123,12 +152,14 @@ def place_parts(
         model: frozen; the modules are replaced in place.
         targets: those of another kind than `linear`.
         saved: modules to train whole.
+        rows: modules with the ids whose rows are trained.
         config: PEFT's LoraConfig.
         seed: of fresh factors.
         trainable: whether what is put in place gets gradients.
     """
     embedding, head = pair_names(model)
-    follows = bool(config.get("ensure_weight_tying")) and is_tied(model)
+    tied = is_tied(model)
+    follows = bool(config.get("ensure_weight_tying")) and tied
     modules = dict(model.named_modules())
     parts: dict[str, AdaptedModule] = {}
     for target in targets:
@@ -144,6 +175,10 @@ def place_parts(
         if follows and name == embedding and head is not None:
             shared = {"weight": parts[name].trained()["weight"]}
             parts[head] = SavedModule(modules[head], trainable=trainable, weights=shared)
+    for name, ids in rows.items():
+        parts[name] = trained = TrainedRows(modules[name], ids, trainable=trainable)
+        if tied and name == embedding and head is not None and head not in parts:
+            parts[head] = TrainedRows(modules[head], ids, rows=trained.rows)
     for name, placed in parts.items():
         placed.train(modules[name].training)
         put_module(model, name, placed)

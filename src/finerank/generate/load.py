@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finerank.adapters.files import load_adapter, read_adapter_config
+from finerank.adapters.files import brings_tokens, load_adapter, read_adapter_config
 from finerank.data.settings import TemplateSettings
 from finerank.data.templates import Template, load_template
 from finerank.errors import AdapterError, ConfigError, DataError, ModelError
@@ -72,7 +72,8 @@ def _load_base(settings: GeneratorSettings, adapter: Path | None) -> LoadedModel
     if settings.tokenizer_name_or_path is None and any((adapter / file).is_file() for file in TOKENIZER_FILES):
         changes["tokenizer_name_or_path"] = str(adapter)
     try:
-        return load_model(dataclasses.replace(settings, **changes), seed=settings.seed)
+        own = dataclasses.replace(settings, **changes)
+        return load_model(own, seed=settings.seed, may_grow=brings_tokens(adapter))
     except ModelError as error:
         if not names_base:
             raise

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from finerank.models.find import (
 )
 from finerank.models.quantized import quantization_config
 from finerank.models.settings import ModelSettings
+from finerank.models.vocabulary import add_tokens, grow_vocabulary
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer", "pick_device", "pick_dtype"]
 
@@ -59,14 +60,20 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
+    new_token_ids: tuple[int, ...] = ()
+    """Ids of the tokens that were asked for beside the base's."""
 
 
-def load_model(settings: ModelSettings, *, seed: int = 1234) -> LoadedModel:
+def load_model(
+    settings: ModelSettings, *, seed: int = 1234, new_tokens: Sequence[str] = (), may_grow: bool = False
+) -> LoadedModel:
     """The base model and its tokenizer: evaluation mode, no gradients, `--dtype` on `--device`.
 
     Args:
         settings: what to load and where to put it.
         seed: of the random weights when there is no `--load`; global random state is left alone.
+        new_tokens: tokens to add to the tokenizer, and rows for them to the model.
+        may_grow: give the model rows for all of the tokenizer's ids, instead of refusing a tokenizer that has more.
 
     Raises:
         ConfigError: settings contradict each other, or the device is not there.
@@ -88,16 +95,30 @@ def load_model(settings: ModelSettings, *, seed: int = 1234) -> LoadedModel:
         source = ModelSource(found.name, found.folder, model_digest(found.folder))
         elsewhere = settings.tokenizer_name_or_path is not None
         tokenizer = load_tokenizer(settings) if elsewhere else _read_tokenizer(found.folder, settings.load, settings)
+    if may_grow and len(tokenizer) > (rows := _num_rows(model)):
+        grow_vocabulary(model, len(tokenizer), num_known=rows)
     _check_vocabulary(model, tokenizer)
     model.requires_grad_(False)
-    return LoadedModel(model.eval().to(device), tokenizer, source)
+    ids: list[int] = []
+    if new_tokens:
+        num_known = len(tokenizer)
+        ids = add_tokens(tokenizer, new_tokens)
+        grow_vocabulary(model, max([len(tokenizer), *(i + 1 for i in ids)]), num_known=num_known)
+    return LoadedModel(model.eval().to(device), tokenizer, source, tuple(ids))
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer of `--tokenizer-name-or-path`, else the one beside the model. A missing pad token becomes eos.
+def load_tokenizer(settings: ModelSettings, *, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer-name-or-path`, else the one beside the model, with new tokens put into it.
 
-    Raises ModelError when there is none.
+    A missing pad token becomes eos. Raises ModelError when there is none.
     """
+    tokenizer = _load_tokenizer(settings)
+    if new_tokens:
+        add_tokens(tokenizer, new_tokens)
+    return tokenizer
+
+
+def _load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     named = settings.tokenizer_name_or_path
     if named is not None:
         path = Path(named).expanduser()
@@ -219,12 +240,16 @@ def _initialise(settings: ModelSettings, dtype: torch.dtype, seed: int) -> tuple
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.size(0)  # type: ignore[operator, union-attr]
+    rows = _num_rows(model)
     if len(tokenizer) > rows:
         raise ModelError(
             f"The tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings; they do not belong together: "
             "name the right one with --tokenizer-name-or-path."
         )
+
+
+def _num_rows(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.size(0)  # type: ignore[operator, union-attr]
 
 
 def model_digest(folder: Path) -> str:

@@ -6,6 +6,15 @@ from finerank.config import setting
 
 
 @dataclass(kw_only=True)
+class VocabularySettings:
+    """Tokens that the base model does not have."""
+
+    add_tokens: list[str] = setting(
+        [], help="new tokens, e.g. '<tool>' '</tool>'; only their rows of the vocabulary are trained"
+    )
+
+
+@dataclass(kw_only=True)
 class ModelSettings:
     """Which base model, in which precision, where."""
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from finerank.config import setting
 from finerank.data.settings import RowSettings
 from finerank.errors import ConfigError, DataError
-from finerank.models.settings import ModelSettings
+from finerank.models.settings import ModelSettings, VocabularySettings
 
 if TYPE_CHECKING:
     from finerank.data.types import Rendered
 
 
 @dataclass(kw_only=True)
-class Settings(ModelSettings, RowSettings):
+class Settings(ModelSettings, VocabularySettings, RowSettings):
     """All settings of inspect."""
 
     data: str | None = setting(None, help="file of rows, or an indexed prefix", positional=True)
@@ -42,7 +42,7 @@ def run(settings: Settings) -> int:
     from finerank.models.load import load_tokenizer
 
     assert settings.data is not None
-    tokenizer = load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings, new_tokens=settings.add_tokens)
     if prefixes.kind_of(settings.data) is not None:
         title, samples = _of_prefix(settings.data, settings.row)
     else:

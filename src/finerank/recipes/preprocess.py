@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from finerank.config import setting
 from finerank.data.settings import RowSettings
 from finerank.errors import ConfigError
-from finerank.models.settings import ModelSettings
+from finerank.models.settings import ModelSettings, VocabularySettings
 
 if TYPE_CHECKING:
     from finerank.data.megatron import IndexedOptions
@@ -31,7 +31,7 @@ _IGNORED = """
 
 
 @dataclass(kw_only=True)
-class Settings(ModelSettings, RowSettings):
+class Settings(ModelSettings, VocabularySettings, RowSettings):
     """All settings of preprocess."""
 
     IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
@@ -74,7 +74,7 @@ def run(settings: Settings) -> int:
         map_keys["text"] = settings.json_keys
     choose = choose_handler(settings.handler_name, map_keys=map_keys or None, mask_history=settings.mask_history)
     kind = _kind_of_rows(files, choose)
-    tokenizer = load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings, new_tokens=settings.add_tokens)
     template = load_template(settings, tokenizer)
     rules = SampleRules(
         seq_length=settings.seq_length,
@@ -104,8 +104,7 @@ def _kind_of_rows(files: list[Path], choose: Callable[..., Any]) -> str:
     for path in files:
         rows = list(itertools.islice(read_rows(path), LOOK_AHEAD))
         if any(isinstance(row, dict) for _, row in rows):
-            name = choose(path, rows).name
-            kinds[path] = "pairwise" if name.endswith("pairwise") else "text" if name == "pretrain" else "instruction"
+            kinds[path] = choose(path, rows).kind
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{path} ({kind})" for path, kind in kinds.items())
         raise ConfigError(f"One output prefix holds rows of one kind, and these differ: {listed}; run them apart.")
@@ -139,6 +138,7 @@ def _options(settings: Settings, kind: str, template: "Template", started: float
         workers=settings.workers,
         strict=settings.strict,
         deduplicate=settings.deduplicate,
+        sample_by=settings.sample_by,
         note=note,
         on_rows=_progress(settings.log_interval, started),
     )

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finerank import config
+from finerank.adapters.initial import check_initial
 from finerank.adapters.settings import AdapterSettings
 from finerank.config import setting
 from finerank.data.settings import DataSettings, TemplateSettings
 from finerank.errors import ConfigError
-from finerank.models.settings import ModelSettings
+from finerank.models.settings import ModelSettings, VocabularySettings
 from finerank.train.settings import TrainSettings, check_train_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from finerank.adapters.inject import AdapterSet
     from finerank.checkpoints.native import Checkpoint
     from finerank.data.dataset import Splits
@@ -44,7 +43,7 @@ _IGNORED = """
 
 
 @dataclass(kw_only=True)
-class Settings(ModelSettings, DataSettings, AdapterSettings, TrainSettings):
+class Settings(ModelSettings, VocabularySettings, DataSettings, AdapterSettings, TrainSettings):
     """All settings of tune."""
 
     IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
@@ -53,6 +52,7 @@ class Settings(ModelSettings, DataSettings, AdapterSettings, TrainSettings):
 
     def __post_init__(self) -> None:
         check_train_settings(self)
+        check_initial(self)
 
 
 def run(settings: Settings) -> int:
@@ -73,10 +73,12 @@ def run(settings: Settings) -> int:
     from finerank.data.templates import load_template
     from finerank.models.attention import use_packed_attention
     from finerank.models.forward import verified_head
-    from finerank.models.load import load_model
+    from finerank.models.fused.fuse import fuse
     from finerank.train import run_folder
+    from finerank.train.boundary_cache import start_boundary_cache
     from finerank.train.held_out import evaluate_loss
     from finerank.train.loop import TrainLoop
+    from finerank.train.start import begin
     from finerank.train.state import use_deterministic_kernels
     from finerank.train.stop import run_lock
 
@@ -86,23 +88,26 @@ def run(settings: Settings) -> int:
     with run_lock(folder):
         tidy_after_kill(folder)
         run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
-        loaded = load_model(settings, seed=settings.seed)
+        loaded = _load(settings)
         if settings.deterministic:
             use_deterministic_kernels(loaded.model.device)
         if settings.pack:
             use_packed_attention(loaded.model)
+        if settings.fused:
+            fuse(loaded.model)
         checkpoint = _checkpoint(settings, folder)
         template = load_template(settings, loaded.tokenizer)
         splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed)
         base_loss = None
         if settings.lora_load and (held_out := _held_out(_without_auto(settings), splits, _pad_id(loaded))):
             base_loss = evaluate_loss(loaded.model, held_out())
-        adapters = _make_adapters(loaded.model, settings)
+        adapters = _make_adapters(loaded, settings)
         # before weights are restored: the head is chosen by comparing outputs, and a resumed run must choose the same
         verified_head(loaded.model)
         if settings.micro_batch_size == "auto":
             settings = _with_found_split(settings, loaded, splits, checkpoint)
         plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
+        begin(adapters, settings, plan, checkpoint, seed=settings.seed)
         local = start_local_learning(adapters, settings, lr=settings.lr, seed=settings.seed)
         speed_up_B(adapters, settings.loraplus_lr_ratio)
         loop = TrainLoop(
@@ -119,7 +124,11 @@ def run(settings: Settings) -> int:
         )
         _start_or_resume(loop, settings, folder, checkpoint, template, splits)
         _announce(settings, loaded, adapters, plan, splits)
+        digest = loaded.source.digest
+        cache = start_boundary_cache(settings, loop, local, splits.train, base_digest=digest, say=_say)
         state = loop.run()
+        if cache is not None:
+            cache.remove()
         if settings.final_adapter == "best":
             loop.load_best()
             state = dataclasses.replace(state, last_eval_loss=state.best_eval_loss)
@@ -163,18 +172,33 @@ def _held_out(settings: Settings, splits: "Splits", pad_token_id: int) -> "Calla
     return None
 
 
-def _make_adapters(model: "PreTrainedModel", settings: Settings) -> "AdapterSet":
+def _load(settings: Settings) -> "LoadedModel":
+    """The base model, with new tokens where they are asked for, or those that the starting adapter brings."""
+    from finerank.adapters.files import brings_tokens
+    from finerank.models.load import load_model
+
+    if settings.lora_load is None or not brings_tokens(Path(settings.lora_load)):
+        return load_model(settings, seed=settings.seed, new_tokens=settings.add_tokens)
+    if settings.add_tokens:
+        raise ConfigError("--add-tokens has no effect: the adapter of --lora-load brings its own tokens; leave it out.")
+    own = dataclasses.replace(settings, tokenizer_name_or_path=settings.tokenizer_name_or_path or settings.lora_load)
+    return load_model(own, seed=settings.seed, may_grow=True)
+
+
+def _make_adapters(loaded: "LoadedModel", settings: Settings) -> "AdapterSet":
     from finerank.adapters.files import load_adapter
     from finerank.adapters.inject import inject_adapters
 
     if settings.lora_load is not None:
         for f in dataclasses.fields(AdapterSettings):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            keeps = f.name.startswith(("lu_lora", "loraplus")) and f.name != "lu_lora_r"
+            keeps = f.name.startswith(("lu_lora", "cache_boundary", "loraplus")) and f.name != "lu_lora_r"
             if f.name != "lora_load" and not keeps and getattr(settings, f.name) != default:
                 _say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
-        return load_adapter(model, Path(settings.lora_load), trainable=True)
-    return inject_adapters(model, settings, seed=settings.seed)
+        if settings.add_tokens:
+            raise ConfigError("--add-tokens starts new rows, and the adapter of --lora-load has none; leave one out.")
+        return load_adapter(loaded.model, Path(settings.lora_load), trainable=True)
+    return inject_adapters(loaded.model, settings, seed=settings.seed, token_ids=loaded.new_token_ids)
 
 
 def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", splits: "Splits") -> dict[str, Any]:
@@ -317,18 +341,22 @@ def _leave(
 
 def _replay(settings: Settings, path: Path) -> int:
     """Run the micro-batches of a replay file again and say where they go wrong; exit status 4 when they do."""
+    from finerank.adapters.initial import shape_adapters
     from finerank.errors import NumericsError
     from finerank.models.attention import use_packed_attention
-    from finerank.models.load import load_model
+    from finerank.models.fused.fuse import fuse
     from finerank.train.held_out import batch_loss_sum
     from finerank.train.nonfinite import find_nonfinite, read_replay
     from finerank.train.state import load_parameters
 
     replay = read_replay(path)
-    loaded = load_model(settings, seed=settings.seed)
+    loaded = _load(settings)
     if any(batch.cu_seqlens is not None for batch in replay.batches):
         use_packed_attention(loaded.model)
-    adapters = _make_adapters(loaded.model, settings)
+    if settings.fused:
+        fuse(loaded.model)
+    adapters = _make_adapters(loaded, settings)
+    shape_adapters(adapters, settings, replay.parameters)
     load_parameters(dict(adapters.named_parameters()), replay.parameters)
     loaded.model.train()
     finding = find_nonfinite(loaded.model, replay.batches, loss_function=batch_loss_sum, seeds=replay.seeds)
