@@ -10,7 +10,10 @@ import collections
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +132,23 @@ def _map(tasks: Iterator[Task], maker: SampleMaker, workers: int) -> Iterator[tu
     maker.template.encoder.encode([""])  # what is computed once is computed before the workers are forked
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    with context.Pool(workers, initializer=_start_worker, initargs=(maker,)) as pool:
-        under_way: collections.deque[tuple[int, Any]] = collections.deque()
+    # Not multiprocessing's Pool, which waits for ever for the result of a worker that was killed.
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(maker,))
+    under_way: collections.deque[tuple[int, Future[ChunkResult]]] = collections.deque()
+    try:
         for index, handler, rows in tasks:
-            under_way.append((index, pool.apply_async(_work, (handler, rows))))
+            under_way.append((index, pool.submit(_work, handler, rows)))
             while len(under_way) > 2 * workers + 1:
                 index_done, done = under_way.popleft()
-                yield index_done, done.get()
+                yield index_done, done.result()
         for index_done, done in under_way:
-            yield index_done, done.get()
+            yield index_done, done.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "The rows are not prepared: a worker process was ended, perhaps for want of memory; give fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(maker: SampleMaker) -> None:
@@ -145,8 +156,17 @@ def _start_worker(maker: SampleMaker) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _maker
     _maker = maker
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot tell its workers to stop; they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(handler: Handler, rows: Rows) -> ChunkResult:
