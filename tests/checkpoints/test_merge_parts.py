@@ -15,6 +15,7 @@ from finerank.checkpoints.formats import hf
 from finerank.checkpoints.formats.peft import read_adapter
 from finerank.checkpoints.merge import merged_model, plan_merge
 from finerank.checkpoints.proof import compare
+from finerank.models.vocabulary import grow_vocabulary
 from tiny import save_tiny
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 384
@@ -26,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "low": {"lora_target_modules": ["q_proj", *BOTH]},
     "low tied": {"lora_target_modules": ["q_proj", *BOTH], "ensure_weight_tying": True},
     "low embedding": {"lora_target_modules": ["embed_tokens"]},
+    "rows": {"token_ids": (5, 300)},
+    "new rows": {"token_ids": (7, 384, 385)},
 }
 
 
@@ -35,9 +38,11 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def adapt(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
     """A random adapter in `folder`; the logits of base and adapter."""
-    model = load(base)
+    model, token_ids = load(base), settings.pop("token_ids", ())
+    if token_ids:
+        grow_vocabulary(model, max(384, max(token_ids) + 1), num_known=384)
     values = {"lora_r": 4, "lora_target_modules": ["q_proj"], **settings}
-    adapters = inject_adapters(model, AdapterSettings(**values), seed=1)
+    adapters = inject_adapters(model, AdapterSettings(**values), seed=1, token_ids=token_ids)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in adapters.parameters():
@@ -57,7 +62,7 @@ def merge(base: Path, adapter: Path, out: Path) -> Any:
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
 def test_merged_answers_as_trained(kind: str, family: str, tmp_path: Path) -> None:
-    settings = SETTINGS[kind]
+    settings = dict(SETTINGS[kind])
     if family == "llama" and "ensure_weight_tying" in settings:
         pytest.skip("its head is not tied")
     base = save_tiny(tmp_path / "base", family)
@@ -67,8 +72,9 @@ def test_merged_answers_as_trained(kind: str, family: str, tmp_path: Path) -> No
         torch.testing.assert_close(load(tmp_path / "out")(IDS).logits, want, rtol=1e-4, atol=1e-4)
     assert proof["reference"].startswith("base with the adapter's branch") and proof["max_logit_difference"] < 1e-4
     assert proof["greedy_agreement"] == 1.0
-    tied = json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
-    assert tied is (family != "llama" and bool(settings.get("ensure_weight_tying")))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (family != "llama" and ("tied" in kind or "rows" in kind))
+    assert config["vocab_size"] == (386 if kind == "new rows" else 384)
 
 
 def test_over_bf16_there_is_one_rounding(tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from finerank import cli
 from finerank.files import sha256_file
 from tiny import save_tiny
 
-FLAGS = "--dtype fp32 --device cpu --seq-length 128 --lora-r 4 --log-interval 1000 --train-iters 4 --lr 0.02".split()
+FLAGS = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "128", "--lora-r", "4", "--log-interval", "1000"]
+FLAGS += ["--train-iters", "4", "--lr", "0.02"]
 
 KINDS: dict[str, tuple[str, list[str]]] = {
     "whole": ("llama", ["--lora-modules-to-save", "embed_tokens", "lm_head"]),
     "whole and tied": ("gemma3", ["--lora-modules-to-save", "embed_tokens", "--ensure-weight-tying"]),
     "low rank": ("llama_tied", ["--lora-target-modules", "all-linear", "embed_tokens", "lm_head"]),
+    "new tokens": ("llama", ["--add-tokens", "<tool>", "</tool>"]),
+    "new tokens and tied": ("gemma3", ["--add-tokens", "<tool>", "</tool>", "--lora-target-modules", "q_proj"]),
+    "new tokens and whole": ("llama", ["--add-tokens", "<tool>", "--lora-modules-to-save", "embed_tokens", "lm_head"]),
     "low rank and tied": ("llama_tied", ["--lora-target-modules", "q_proj", "lm_head", "--ensure-weight-tying"]),
 }
 
@@ -52,14 +56,12 @@ def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
 def answer(capsys: pytest.CaptureFixture, *argv: str) -> str:
     capsys.readouterr()
     flags = ["--greedy", "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "12"]
-    assert cli.main(["generate", *flags, "--prompt", "Say red.", *argv]) == 0
+    assert cli.main(["generate", "Say red.", *flags, *argv]) == 0
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_from_rows_to_a_merged_model(
-    kind: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_rows_to_a_merged_model(kind: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     family, flags = KINDS[kind]
     base, run, broken, merged = (tmp_path / name for name in ("base", "run", "broken", "merged"))
     save_tiny(base, family)
@@ -73,9 +75,9 @@ def test_from_rows_to_a_merged_model(
     assert tune(base, rows, broken, *flags, "--save-interval", "2", "--resume", "auto") == 0
     assert sha256_file(broken / "adapter_model.safetensors") == digest
 
-    assert cli.main(["merge", str(run), "--save-dir", str(merged), "--proof", "model"]) == 0
+    assert cli.main(["merge", str(run), "--save-dir", str(merged), "--proof", "full"]) == 0
     report = json.loads((merged / "merge_report.json").read_text())
-    assert report["proof"]["greedy_agreement"] == 1.0 and report["proof"]["max_logit_difference"] < 1e-3
+    assert report["answers"]["greedy_agreement"] == 1.0 and report["answers"]["max_logit_difference"] < 1e-3
     said = answer(capsys, "--load", str(run))
     assert answer(capsys, "--load", str(merged)) == said
     assert answer(capsys, "--load", str(base)) != said

@@ -65,8 +65,10 @@ def write(s: ExportSettings, base: BaseModel, adapter: Adapter, folder: Path) ->
         return {**compare_adapters(adapter, again), "notes": list(notes)}
     plan = plan_merge(base, adapter)
     merged = merged_model(base, plan)
-    _write_merged(s, merged, folder)
     with tempfile.TemporaryDirectory(prefix="finerank-export-") as scratch:
+        if adapter.rows:  # the adapter's own tokenizer has the tokens
+            merged = replace(merged, folder=_texts(base, Path(adapter.source), Path(scratch) / "texts"))
+        _write_merged(s, merged, folder)
         readable = folder if s.to == "hf" else _read_back(s, merged, folder, Path(scratch))
         report = merge_report(base, adapter, merged, readable, proof=s.proof, max_kl=s.max_kl)
     return {**report, "notes": list(plan.notes)}
@@ -106,6 +108,14 @@ def _write_merged(s: ExportSettings, merged: BaseModel, folder: Path) -> None:
         formats()["gguf"].write(merged, folder)
     else:
         (mcore if s.to == "mcore" else legacy).write(merged, folder, target=_target(s))
+
+
+def _texts(base: BaseModel, adapter: Path, folder: Path) -> Path:
+    """A folder of the base's texts with the adapter's tokenizer."""
+    folder.mkdir()
+    hf.copy_text_files(base.folder, folder)
+    hf.copy_tokenizer(adapter, folder)
+    return folder
 
 
 def _read_back(s: ExportSettings, merged: BaseModel, folder: Path, scratch: Path) -> Path:

@@ -5,7 +5,7 @@
 
 Shapes: O out_features, I in_features, R rank. `scale` is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA; rank and
 alpha may differ by module (`rank_pattern`, `alpha_pattern`). What was trained whole (`modules_to_save`, biases) is in
-`whole`.
+`whole`, the rows of new tokens (`trainable_token_indices`) are in `rows`.
 """
 
 from dataclasses import dataclass, field
@@ -40,6 +40,14 @@ class Factors:
         return (I, O) if self.is_embedding or self.is_transposed else (O, I)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding or of a head that take the place of the base's, or lie beyond them."""
+
+    ids: tuple[int, ...]
+    values_ND: Tensor
+
+
 @dataclass
 class Adapter:
     """An adapter read from any format."""
@@ -50,6 +58,8 @@ class Adapter:
     """By Hugging Face module name, e.g. `model.layers.0.self_attn.q_proj`."""
     whole: dict[str, Tensor] = field(default_factory=dict)
     """Tensors trained whole, by Hugging Face tensor name, e.g. `lm_head.weight`."""
+    rows: dict[str, Rows] = field(default_factory=dict)
+    """Trained rows, by Hugging Face module name; those of the embedding are a tied head's too."""
     source: str = "adapter"
     """Where it came from, for messages."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finerank.checkpoints.lora import Adapter, Factors
+from finerank.checkpoints.lora import Adapter, Factors, Rows
 from finerank.checkpoints.weights import HEAD, BaseModel, TensorInfo, Weights, same_bits
 from finerank.errors import AdapterError, NumericsError, unknown_name
 
@@ -33,6 +33,14 @@ class Change:
     factors: Factors | None = None
     whole: Tensor | None = None
     """Takes the tensor's place, before `factors` are added (PEFT saves an adapted embedding's base along)."""
+    rows: Rows | None = None
+    """Take the place of rows, or lie beyond them."""
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the result, from the base tensor's."""
+        if self.whole is not None:
+            return tuple(self.whole.shape)
+        return base if self.rows is None else (max(base[0], 1 + max(self.rows.ids)), *base[1:])
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,9 @@ class MergePlan:
         """One line."""
         low = sum(c.factors is not None for c in self.changes.values())
         whole = sum(c.whole is not None for c in self.changes.values())
+        rows = sum(c.rows is not None for c in self.changes.values())
         text = f"{low} tensors get a low-rank change" + (f", {whole} are replaced whole" if whole else "")
+        text += f", {rows} get rows for tokens" if rows else ""
         return "; ".join((text, *self.notes))
 
 
@@ -112,6 +122,11 @@ def plan_merge(base: BaseModel, adapter: Adapter) -> MergePlan:
         name = _tensor_name(base, tensor_name, adapter)
         low_rank = changes[name].factors if name in changes else None
         changes[name] = Change(_source_of(base, name), factors=low_rank, whole=tensor)
+    for module, rows in adapter.rows.items():
+        name = _tensor_name(base, f"{module}.weight", adapter)
+        if name in changes:
+            raise AdapterError(f"{adapter.source} changes {name} in two ways; merge it with PEFT itself.")
+        changes[name] = Change(_source_of(base, name), rows=rows)
     for name, change in changes.items():
         _check_shape(base, name, change, adapter)
     config = dict(base.config)
@@ -144,6 +159,12 @@ def _check_shape(base: BaseModel, name: str, change: Change, adapter: Adapter) -
     info = base.weights.info(change.source)
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
         raise AdapterError(f"The base stores {change.source} as {info.dtype}; dequantise the base before merging.")
+    if change.rows is not None:
+        beyond = set(range(info.shape[0], change.shape(info.shape)[0]))
+        if not beyond <= set(change.rows.ids) or change.rows.values_ND.shape != (len(change.rows.ids), info.shape[1]):
+            raise AdapterError(
+                f"{adapter.source}: its rows of {name} do not fit {list(info.shape)}; give its own base."
+            )
     if change.factors is None:
         return
     shape = tuple(change.whole.shape) if change.whole is not None else info.shape
@@ -167,8 +188,10 @@ def _untie(base: BaseModel, adapter: Adapter, changes: dict[str, Change], config
         return
     tied = bool(adapter.config.get("ensure_weight_tying"))
     if at_head is None and at_embedding is not None:
-        resized = at_embedding.whole is not None and at_embedding.whole.shape != base.weights.info(embedding).shape
-        if tied or resized:  # a head of the old size would be of no use, so the embedding was meant for both
+        shape = base.weights.info(embedding).shape
+        if (
+            tied or at_embedding.rows is not None or at_embedding.shape(shape) != shape
+        ):  # a head of the old size would be of no use, so the embedding was meant for both
             return
         changes[HEAD] = Change(embedding)
     elif at_embedding is not None and at_head is not None and _is_same_change(at_embedding, at_head):
@@ -200,10 +223,8 @@ def _resize_vocabulary(
 ) -> Iterator[str]:
     rows = {}
     for name, change in changes.items():
-        if change.whole is None:
-            continue
         old = base.weights.info(change.source).shape
-        new = tuple(change.whole.shape)
+        new = change.shape(old)
         if new != old:
             if name not in (base.embedding_name, HEAD) or new[1:] != old[1:]:
                 raise AdapterError(f"{adapter.source}: {name} has shape {list(new)}, the base has {list(old)}.")
@@ -232,6 +253,9 @@ class MergedWeights(Weights):
         change = self._plan.changes.get(name)
         if change is None:
             return self._base[name]
+        if change.rows is not None:
+            self.report.tensors[name], weight = with_rows(name, self._base[change.source], change.rows)
+            return weight
         if change.whole is None:
             weight = self._base[change.source]
             if change.factors is not None:
@@ -259,7 +283,7 @@ class MergedWeights(Weights):
         if change is None:
             return self._base.info(name)
         info = self._base.info(change.source)
-        return info if change.whole is None else TensorInfo(tuple(change.whole.shape), info.dtype)
+        return TensorInfo(change.shape(info.shape), info.dtype)
 
 
 def merged_model(base: BaseModel, plan: MergePlan) -> BaseModel:
@@ -320,6 +344,19 @@ def replace_whole_(name: str, weight: Tensor, change: Change) -> TensorReport:
     report = TensorReport(name, weight.numel(), 0, 0.0, 0.0, 0.0, 0.0)
     _round_into(weight, exact, report)
     return report
+
+
+def with_rows(name: str, weight: Tensor, rows: Rows) -> tuple[TensorReport, Tensor]:
+    """(report, the weight with these rows in place of its own, longer where they lie beyond it)."""
+    num_new = 1 + max(rows.ids) - weight.shape[0]
+    if num_new > 0:
+        weight = torch.cat([weight, weight.new_zeros(num_new, weight.shape[1])])
+    report = TensorReport(name, weight.numel(), 0, 0.0, 0.0, 0.0, 0.0)
+    index = torch.tensor(rows.ids)
+    changed = weight[index]
+    _round_into(changed, rows.values_ND.to(torch.promote_types(weight.dtype, torch.float32)), report)
+    weight[index] = changed
+    return report, weight
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -59,6 +59,8 @@ def _vllm(adapter: Adapter) -> Iterator[Finding]:
         yield Finding("refuses", "DoRA", "export --to hf, which merges it")
     if adapter.whole or adapter.config.get("modules_to_save"):
         yield Finding("refuses", "modules saved whole (modules_to_save, biases)", "export --to hf, which merges them")
+    if adapter.rows:
+        yield Finding("refuses", "rows of new tokens (trainable_token_indices)", "export --to hf, which merges them")
     if any(f.is_embedding for f in adapter.factors.values()):
         yield Finding("refuses", "adapters on embeddings", "export --to hf, which merges them")
     scales = {f.scale for f in adapter.factors.values()}
@@ -80,6 +82,8 @@ def _llama_cpp(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
         yield Finding("refuses", "DoRA", "export --to gguf, which merges it")
     if adapter.whole:
         yield Finding("refuses", "modules saved whole (modules_to_save, biases)", "export --to gguf, which merges them")
+    if adapter.rows:
+        yield Finding("refuses", "rows of new tokens (trainable_token_indices)", "export --to gguf, which merges them")
     if any(f.is_embedding for f in adapter.factors.values()):
         yield Finding("refuses", "adapters on embeddings", "export --to gguf, which merges them")
     if "lm_head" in adapter.factors and base.is_tied:

@@ -139,7 +139,13 @@ def _reference(base: BaseModel, adapter: Adapter, scratch: Path) -> tuple[Any, s
 
 def _attach(model: Any, adapter: Adapter) -> bool:
     """Hook the adapter's branches onto the base's modules; False when a module is not there as a module."""
+    sizes = [1 + max(rows.ids) for rows in adapter.rows.values()]
+    if sizes and max(sizes) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(sizes), mean_resizing=False)
     modules = dict(model.named_modules())
+    for name, rows in adapter.rows.items():
+        with torch.no_grad():  # in place: a tied head uses them too
+            modules[name].weight[list(rows.ids)] = rows.values_ND.float()
     for name, tensor in adapter.whole.items():
         owner, _, leaf = name.rpartition(".")
         old = getattr(modules.get(owner), leaf, None)

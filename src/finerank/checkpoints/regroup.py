@@ -67,8 +67,8 @@ def group_adapter(
         raise AdapterError(
             f"{adapter.source} is a DoRA adapter, which Megatron LoRA cannot hold; merge it into its base."
         )
-    if adapter.whole:
-        name = next(iter(adapter.whole))
+    if adapter.whole or adapter.rows:
+        name = next(iter((*adapter.whole, *adapter.rows)))
         raise AdapterError(f"{adapter.source} trained {name} whole, which Megatron LoRA cannot hold; merge it instead.")
     groups = _groups(adapter, family, dims)
     offsets = {place: _offsets(group) for place, group in groups.items()}

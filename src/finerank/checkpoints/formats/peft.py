@@ -5,6 +5,7 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector   [O]     DoRA
     base_model.model.model.embed_tokens.lora_embedding_A                [R, V]  (and _B [D, R])
     base_model.model.lm_head.weight                                     a module saved whole
+    base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta    rows [number of ids, D]
 
 Reference: `peft.utils.save_and_load.get_peft_model_state_dict`.
 """
@@ -15,9 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from finerank.adapters.initial import check_base_unchanged
+from finerank.adapters.new_tokens import ROWS, rows_by_module
 from finerank.adapters.shapes import shape_of
 from finerank.checkpoints.formats.hf import read_json, write_json
-from finerank.checkpoints.lora import Adapter, Factors
+from finerank.checkpoints.lora import Adapter, Factors, Rows
 from finerank.checkpoints.safetensors_file import SafetensorsReader, SafetensorsWriter
 from finerank.checkpoints.weights import TensorInfo
 from finerank.errors import AdapterError, CheckpointError
@@ -41,16 +44,32 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     _refuse_unknown_kinds(config, folder)
     tensors = _read_tensors(folder)
+    rows = _rows(config, tensors, folder)
     factors, whole = _assemble(config, tensors, folder)
-    if not factors and not whole:
+    if not factors and not whole and not rows:
         raise AdapterError(f"{folder / TENSORS} holds no adapter tensor; train it again or give another adapter.")
-    return Adapter(config=config, factors=factors, whole=whole, source=str(folder))
+    return Adapter(config=config, factors=factors, whole=whole, rows=rows, source=str(folder))
+
+
+def _rows(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> dict[str, Rows]:
+    """Take the trained rows out of `tensors`."""
+    keys = [key for key in tensors if key.removesuffix(".default").endswith(f".{ROWS}")]
+    names = {key.removesuffix(".default").removesuffix(f".{ROWS}").removeprefix(PREFIX): key for key in keys}
+    embedding = next((name for name in names if name != "lm_head"), None)
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict) and "lm_head" not in names:  # a tied head, which has the embedding's rows
+        indices = {suffix: ids for suffix, ids in indices.items() if suffix.rpartition(".")[2] != "lm_head"}
+    ids = rows_by_module(indices, list(names), embedding=embedding, source=str(folder / CONFIG))
+    if set(ids) != set(names) or any(tensors[names[n]].shape[:1] != (len(i),) for n, i in ids.items()):
+        raise AdapterError(f"{folder}: trainable_token_indices in {CONFIG} and {TENSORS} disagree; copy it again.")
+    return {name: Rows(ids[name], tensors.pop(key)) for name, key in names.items()}
 
 
 def _refuse_unknown_kinds(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{folder} is a {kind} adapter; only LORA (also DoRA, rsLoRA, LU-LoRA) is supported.")
+    check_base_unchanged(config, folder)
     for key in ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora"):
         if config.get(key):
             raise AdapterError(
@@ -122,6 +141,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         tensors[f"{PREFIX}{module}.{infix}B{suffix}"] = f.b_OR
         if f.magnitude_O is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude_O
+    tensors |= {f"{PREFIX}{module}.{ROWS}": rows.values_ND for module, rows in adapter.rows.items()}
     tensors = dict(sorted(tensors.items()))
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     with SafetensorsWriter(folder / TENSORS, infos) as writer:
