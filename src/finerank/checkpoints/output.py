@@ -19,32 +19,34 @@ REPORTS = ("merge_report.json", "conversion_report.json")
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path, *, sources: Sequence[Path | None], overwrite: bool) -> Iterator[Path]:
+def output_folder(
+    folder: Path, *, sources: Sequence[Path | None], overwrite: bool, flag: str = "--save-dir"
+) -> Iterator[Path]:
     """A new folder to fill that takes the place of `folder` when all went well; its weight files get checksums.
 
     Raises:
         ConfigError: `folder` is one of the sources, holds one, or holds files that finerank did not write.
         StorageError: the disk is full, read-only or gone.
     """
-    check_output(folder, sources=sources, overwrite=overwrite)
+    check_output(folder, sources=sources, overwrite=overwrite, flag=flag)
     _remove_stale(folder)
     with replace_folder(folder) as aside:
         yield aside
         write_checksums(aside)
 
 
-def check_output(folder: Path, *, sources: Sequence[Path | None], overwrite: bool) -> None:
+def check_output(folder: Path, *, sources: Sequence[Path | None], overwrite: bool, flag: str = "--save-dir") -> None:
     """The checks of `output_folder` alone. Raises ConfigError."""
     target = folder.resolve()
     for source in sources:
         if source is not None and (target == source.resolve() or target in source.resolve().parents):
-            raise ConfigError(f"--save-dir {folder} holds the input {source}; choose another folder.")
+            raise ConfigError(f"{flag} {folder} holds the input {source}; choose another folder.")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--save-dir {folder} is a file; choose a folder.")
+        raise ConfigError(f"{flag} {folder} is a file; choose a folder.")
     is_ours = any((folder / report).is_file() for report in REPORTS)
     if folder.is_dir() and any(folder.iterdir()) and not is_ours and not overwrite:
         raise ConfigError(
-            f"--save-dir {folder} is not empty and was not written by finerank; choose another folder, or "
+            f"{flag} {folder} is not empty and was not written by finerank; choose another folder, or "
             "--overwrite to replace everything in it."
         )
 

@@ -7,7 +7,7 @@ from finerank.config import setting
 
 @dataclass(kw_only=True)
 class AdapterOnBaseSettings:
-    """Which adapter, on which base, where to write, and what has to be proven."""
+    """Which adapter, on which base, and what has to be proven."""
 
     run: str | None = setting(None, help="run folder or adapter folder; the same as --lora-load", positional=True)
     load: str | None = setting(
@@ -18,7 +18,6 @@ class AdapterOnBaseSettings:
     lora_load: str | None = setting(
         None, help="adapter: PEFT folder, run folder or Megatron LoRA checkpoint", flags=("--lora-weights",)
     )
-    save_dir: str = setting(help="folder to write", flags=("--output-dir",))
     lora_r: int | None = setting(None, help="checked against the adapter")
     lora_alpha: float | None = setting(None, help="checked against the adapter; needed where it does not record it")
     lora_target_modules: list[str] | None = setting(None, help="checked against the adapter")

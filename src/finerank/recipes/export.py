@@ -24,6 +24,7 @@ TARGETS = ("peft", "hf", "mcore", "legacy", "meta", "gguf-lora", "gguf")
 class Settings(AdapterOnBaseSettings):
     """What to export, into what, for whom."""
 
+    save_dir: str = setting(help="folder to write", flags=("--output-dir",))
     to: str = setting(help="what to write", choices=TARGETS)
     engine: str | None = setting(
         None, help="program that is to load it", choices=("vllm", "llama.cpp", "peft"), flags=("--for",)
