@@ -319,3 +319,29 @@ def test_bad_settings_are_named(settings, words):
 def test_ranks_that_a_start_cannot_have(name, rank, words):
     with pytest.raises(AdapterError, match=words):
         started(name, lora_r=rank)
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora"])
+def test_factors_of_a_changed_base_are_refused(tmp_path, name):
+    from finerank.checkpoints.formats.peft import read_adapter
+
+    peft_model(name).save_pretrained(tmp_path)
+    for read in (lambda: load_adapter(tiny_model(), tmp_path), lambda: read_adapter(tmp_path)):
+        with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["eva", "gaussian", "orthogonal", "default"])
+def test_adapters_of_the_original_base_are_continued(tmp_path, name):
+    theirs = peft_model(name)
+    if name == "eva":
+        peft.initialize_lora_eva_weights(theirs, batches(tiny_model()), show_progress_bar=False)
+    train(theirs, [p for p in theirs.parameters() if p.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_model()
+    adapters = load_adapter(ours, tmp_path, trainable=True)
+    assert largest(ours(IDS).logits, theirs(IDS).logits) < 1e-5
+    train(ours, adapters.parameters())
+    train(theirs, [p for p in theirs.parameters() if p.requires_grad])
+    assert largest(ours(IDS).logits, theirs(IDS).logits) < 1e-3

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.file_tensors import CONFIG, TENSORS, check_tensors, drop_tied_head, grow_for, sort_tensors
+from finerank.adapters.initial import check_base_unchanged
 from finerank.adapters.inject import NEWER_KEYS, new_config, place_adapters
 from finerank.adapters.new_tokens import rows_by_module
 from finerank.adapters.parts import pair_names
@@ -88,6 +89,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{path} describes a {kind} adapter; only LORA can be loaded.")
+    check_base_unchanged(config, folder)
     if wrong := _wrong_value(config):
         raise AdapterError(f"{path}: {wrong} has no usable value; copy the adapter again.")
     return config

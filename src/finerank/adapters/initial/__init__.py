@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finerank import registry
 from finerank.adapters.settings import AdapterSettings
-from finerank.errors import ConfigError, unknown_name
+from finerank.errors import AdapterError, ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,19 @@ def shape_adapters(adapters: "AdapterSet", settings: AdapterSettings, tensors: "
         from finerank.adapters.initial._ranks import shape_as
 
         shape_as(adapters, tensors)
+
+
+def check_base_unchanged(config: "Mapping[str, Any]", source: Any) -> None:
+    """Raise AdapterError for an adapter whose file says that it belongs to a base that its start has changed.
+
+    PEFT subtracts the start of these from the base; over the original base, the same factors mean something else.
+    """
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(
+            f"{source} was saved with init_lora_weights = {start}: its factors belong to a base that PEFT changed; "
+            "save it from PEFT with path_initial_model_for_weight_conversion, as an adapter of the original base."
+        )
 
 
 def _parse(text: str) -> tuple[str, int | None]:
