@@ -21,7 +21,13 @@ METHODS = {
     "mindspeed": [*LU, "--lu-lora-rule", "mindspeed", "--lu-lora-lr", "1e-3"],
     "dora": ["--use-dora"],
     "loraplus": ["--loraplus-lr-ratio", "4"],
+    "pissa": ["--init-lora-weights", "pissa_niter_4", "--lora-target-modules", "linear_qkv", "linear_fc1", "o_proj"],
+    "pissa-dora": ["--init-lora-weights", "pissa", "--use-dora", "--use-rslora"],
+    "olora": ["--init-lora-weights", "olora", "--lora-rank-pattern", "down_proj=2"],
+    "eva": ["--init-lora-weights", "eva", "--eva-rho", "3"],
+    "orthogonal": ["--init-lora-weights", "orthogonal"],
     "4bit": ["--load-4bit"],
+    "4bit-pissa": ["--load-4bit", "--init-lora-weights", "pissa"],
     "8bit-feedback": ["--load-8bit", *LU],
 }
 
@@ -55,7 +61,7 @@ def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_and_resumes_exactly(base: Path, rows: Path, tmp_path: Path, method: str):
-    if method == "4bit":
+    if method.startswith("4bit"):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     flags = [*METHODS[method], "--train-iters", "10"]
     assert tune(base, rows, tmp_path / "whole", *flags, "--save-interval", "4", "--keep-last", "9") == 0
@@ -67,9 +73,9 @@ def test_learns_and_resumes_exactly(base: Path, rows: Path, tmp_path: Path, meth
     assert sha256_file(tmp_path / "whole" / file) == sha256_file(tmp_path / "again" / file)
 
 
-@pytest.mark.parametrize("method", ["feedback", "dora", "4bit"])
+@pytest.mark.parametrize("method", ["feedback", "dora", "4bit", "pissa", "eva"])
 def test_run_merges_into_the_whole_base(base: Path, rows: Path, tmp_path: Path, method: str):
-    if method == "4bit":
+    if method.startswith("4bit"):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     assert tune(base, rows, tmp_path / "run", *METHODS[method], "--train-iters", "6") == 0
     assert cli.main(["merge", str(tmp_path / "run"), "--save-dir", str(tmp_path / "merged")]) == 0
@@ -83,6 +89,9 @@ def test_run_merges_into_the_whole_base(base: Path, rows: Path, tmp_path: Path, 
         (["--lu-lora-lr", "1e-3"], "no effect without --lu-lora-final-layer-index"),
         (["--load-4bit", "--load-8bit"], "exclude each other"),
         (["--loraplus-lr-ratio", "0"], "must be above 0"),
+        (["--init-lora-weights", "pisa"], "pissa"),
+        (["--init-lora-weights", "pissa", "--lora-rank-pattern", "down_proj=65"], "components"),
+        (["--eva-rho", "2"], "no effect without --init-lora-weights eva"),
         (["--lu-lora-final-layer-index", "1", "--lu-lora-rule", "hebb"], "Unknown choice 'hebb'"),
     ],
 )
