@@ -12,12 +12,15 @@ are encoded whole and in batches.
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from finerank.data.rows import BadRow
-from finerank.data.words import WordCache
+from finerank.data.words import Ids, WordCache, flat_ids, put_in
 from finerank.errors import DataError
 
 _MARK = "\U0010fffd"  # a private-use character that no text should hold; where one does, it is protected as well
@@ -84,17 +87,21 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; control tokens in it become their ids, protected ones stay text."""
-        plain = [text if _MARK not in text else "" for text in texts]
+        flat, lengths = self.encode_flat(texts)
+        ids, ends = flat.tolist(), np.cumsum(lengths).tolist()
+        return [ids[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+    def encode_flat(self, texts: Sequence[str]) -> Ids:
+        """The same as arrays: all ids, one text after the other, and how many each text has."""
+        marked = {i: self._encode_marked(text) for i, text in enumerate(texts) if _MARK in text}
+        plain = [text if i not in marked else "" for i, text in enumerate(texts)] if marked else texts
         if self._word_cache is not None:
             ids = self._word_cache.encode(plain)
         elif self._backend is not None:
-            ids = [e.ids for e in self._backend.encode_batch_fast(plain, add_special_tokens=False)]
+            ids = flat_ids([e.ids for e in self._backend.encode_batch_fast(plain, add_special_tokens=False)])
         else:
-            ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in plain]
-        for i, text in enumerate(texts):
-            if _MARK in text:
-                ids[i] = self._encode_marked(text)
-        return ids
+            ids = flat_ids([self.tokenizer.encode(text, add_special_tokens=False) if text else [] for text in plain])
+        return put_in(ids, marked)
 
     def _encode_marked(self, text: str) -> list[int]:
         ids: list[int] = []
