@@ -199,7 +199,10 @@ def test_plain_text_becomes_pieces(tmp_path: Path):
     path.write_text("the quick brown fox " * 50 + "\n\nshort\n")
     data = load(path, seq_length=64, append_eod=True)
     whole = [*TOKENIZER.encode("the quick brown fox " * 50), 2]
-    assert np.concatenate([data.train.ids(i) for i in range(len(data.train) - 1)]).tolist() == whole
+    pieces = [data.train.ids(i) for i in range(len(data.train) - 1)]
+    assert all(len(ids) <= 64 for ids in pieces)
+    # each begins with the last token of the one before, so that every token but the first is predicted once
+    assert [whole[0], *np.concatenate([ids[1:] for ids in pieces]).tolist()] == whole
     assert data.receipt["rows_kept"] == 2 and (data.train.labels(0) == data.train.ids(0)).all()
 
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from finerank.data import prefixes, row_cache
+from finerank.data import pair_prefixes, prefixes, row_cache
 from finerank.data.receipt import Receipt
+from finerank.data.row_cache import Samples
 from finerank.data.settings import DataSettings
+from finerank.data.stages import check_kind, check_stage
 from finerank.data.templates import Template
 from finerank.data.tokens import TokenDataset
 from finerank.errors import ConfigError, DataError
@@ -31,8 +33,8 @@ __all__ = ["Splits", "TokenDataset", "load_splits"]
 class Splits:
     """What is trained on, what is held out, and what became of the rows (`receipt.json` as a dict)."""
 
-    train: TokenDataset
-    valid: TokenDataset | None
+    train: Samples
+    valid: Samples | None
     receipt: dict[str, Any]
 
 
@@ -48,12 +50,12 @@ def load_splits(
     _check(settings)
     receipt = Receipt()
     parts = _load(settings, settings.data_path, template, receipt, by_path=bool(settings.data_weights))
-    data = TokenDataset.concat(parts)
+    data = _join(parts)
     held_out = _load(settings, settings.valid_data_path, template, receipt) if settings.valid_data_path else None
     _say_and_save(receipt, output_dir)
     _require_samples(data, receipt, "--data-path")
     if held_out is not None:
-        valid = TokenDataset.concat(held_out)
+        valid = _join(held_out)
         _require_samples(valid, receipt, "--valid-data-path")
         train = np.arange(len(data))
     else:
@@ -110,6 +112,7 @@ def split_boundaries(split: str, num: int) -> list[int]:
 def _check(settings: DataSettings) -> None:
     if not settings.data_path:
         raise ConfigError("There is no data to train on; give --data-path with a file of rows.")
+    check_stage(settings)
     given = [
         name
         for name, value in (
@@ -138,7 +141,7 @@ def _check(settings: DataSettings) -> None:
 
 def _load(
     settings: DataSettings, paths: Sequence[str], template: Template, receipt: Receipt, *, by_path: bool = False
-) -> list[TokenDataset]:
+) -> list[Samples]:
     """Data sets of paths in order; neighbouring files of rows make one, unless each needs a weight of its own."""
     groups: list[list[str]] = []
     for path in paths:
@@ -147,16 +150,26 @@ def _load(
             groups[-1].append(path)
         else:
             groups.append([path])
-    loaded = []
+    loaded: list[Samples] = []
     for group in groups:
         if prefixes.kind_of(group[0]) is None:
             loaded.append(row_cache.rows_dataset(settings, group, template, receipt))
         else:
-            loaded.append(prefixes.prefix_dataset(settings, group[0], template, receipt))
+            kind = prefixes.kind_of(group[0])
+            assert kind is not None
+            check_kind(group[0], kind, settings.stage)
+            read = pair_prefixes.pair_dataset if kind == "pairwise" else prefixes.prefix_dataset
+            loaded.append(read(settings, group[0], template, receipt))
     return loaded
 
 
-def _require_samples(data: TokenDataset, receipt: Receipt, flag: str) -> None:
+def _join(parts: Sequence[Samples]) -> Samples:
+    kind = type(parts[0])
+    assert all(type(part) is kind for part in parts)
+    return kind.concat(parts)  # type: ignore[arg-type]
+
+
+def _require_samples(data: Samples, receipt: Receipt, flag: str) -> None:
     if len(data):
         return
     reasons = {reason: c.count for file in receipt.files for reason, c in file.dropped.items()}

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 
 from finerank.data.packing import best_fit
+from finerank.data.pairs import PairDataset
 from finerank.data.settings import BatchSettings, RowSettings
 from finerank.data.tokens import TokenDataset
 from finerank.data.types import IGNORE_INDEX, Batch
 from finerank.errors import ConfigError
+
+Samples = TokenDataset | PairDataset
 
 
 class BatchPlan:
@@ -39,7 +42,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Samples,
         settings: BatchSettings,
         *,
         seed: int,
@@ -77,7 +80,7 @@ class BatchPlan:
 
 
 def eval_batches(
-    dataset: TokenDataset, settings: BatchSettings, *, max_batches: int | None = None, pad_token_id: int = 0
+    dataset: Samples, settings: BatchSettings, *, max_batches: int | None = None, pad_token_id: int = 0
 ) -> Iterator[Batch]:
     """Batches of all samples in order, or of the first ones: at most `max_batches` batches."""
     _check(settings)
@@ -92,7 +95,7 @@ def eval_batches(
             yield batch
 
 
-def heaviest_batch(dataset: TokenDataset, settings: BatchSettings, num_rows: int, *, pad_token_id: int = 0) -> Batch:
+def heaviest_batch(dataset: Samples, settings: BatchSettings, num_rows: int, *, pad_token_id: int = 0) -> Batch:
     """The micro-batch of `num_rows` samples that takes most memory: the longest ones, every token trained."""
     rows = np.argsort(-dataset.lengths, kind="stable")[:num_rows].tolist()
     if settings.pack:
@@ -102,11 +105,12 @@ def heaviest_batch(dataset: TokenDataset, settings: BatchSettings, num_rows: int
     return dataclasses.replace(batch, target_ids=batch.input_ids)
 
 
-def packed_batch(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
-    """Samples one after the other in one row, without attention between them."""
-    lengths = dataset.lengths[list(rows)]
-    input_ids = np.concatenate([dataset.ids(row) for row in rows]).astype(np.int64)
-    targets = np.concatenate([_shifted(dataset.labels(row)) for row in rows])
+def packed_batch(dataset: Samples, rows: Sequence[int]) -> Batch:
+    """Samples one after the other in one row, without attention between their sequences."""
+    sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
+    lengths = [len(ids) for ids, _ in sequences]
+    input_ids = np.concatenate([ids for ids, _ in sequences]).astype(np.int64)
+    targets = np.concatenate([_shifted(labels) for _, labels in sequences])
     positions = np.concatenate([np.arange(n) for n in lengths])
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
@@ -114,32 +118,37 @@ def packed_batch(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
         rows=tuple(rows),
+        reference=_reference(dataset, rows),
     )
 
 
-def padded_batch(dataset: TokenDataset, rows: Sequence[int], *, length: int, pad_token_id: int) -> Batch:
-    """Samples below each other, padded on the right to `length` tokens."""
-    shape = (len(rows), length)
+def padded_batch(dataset: Samples, rows: Sequence[int], *, length: int, pad_token_id: int) -> Batch:
+    """Sequences below each other, padded on the right to `length` tokens."""
+    sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
+    shape = (len(sequences), length)
     input_ids = np.full(shape, pad_token_id, np.int64)
     targets = np.full(shape, IGNORE_INDEX, np.int64)
     mask = np.zeros(shape, np.int64)
-    for b, row in enumerate(rows):
-        ids = dataset.ids(row)
+    for b, (ids, labels) in enumerate(sequences):
         input_ids[b, : len(ids)] = ids
-        targets[b, : len(ids)] = _shifted(dataset.labels(row))
+        targets[b, : len(ids)] = _shifted(labels)
         mask[b, : len(ids)] = 1
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         target_ids=torch.from_numpy(targets),
-        position_ids=torch.arange(length).repeat(len(rows), 1),
+        position_ids=torch.arange(length).repeat(len(sequences), 1),
         attention_mask=torch.from_numpy(mask),
         rows=tuple(rows),
+        reference=_reference(dataset, rows),
     )
 
 
-def _micro_batches(
-    dataset: TokenDataset, rows: Sequence[int], settings: BatchSettings, pad_token_id: int
-) -> list[Batch]:
+def _reference(dataset: Samples, rows: Sequence[int]) -> torch.Tensor | None:
+    known = getattr(dataset, "reference", None)
+    return None if known is None else torch.from_numpy(known[list(rows)])
+
+
+def _micro_batches(dataset: Samples, rows: Sequence[int], settings: BatchSettings, pad_token_id: int) -> list[Batch]:
     lengths, most = dataset.lengths, settings.micro_batch_size
     assert most != "auto"  # see `_check`
     if settings.pack:
@@ -155,8 +164,8 @@ def _micro_batches(
     return batches
 
 
-def _padded_length(dataset: TokenDataset, rows: Sequence[int], settings: BatchSettings) -> int:
-    longest = int(dataset.lengths[list(rows)].max())
+def _padded_length(dataset: Samples, rows: Sequence[int], settings: BatchSettings) -> int:
+    longest = max(len(ids) for row in rows for ids, _ in dataset.sequences(row))
     if not settings.variable_seq_lengths:
         assert isinstance(settings, RowSettings)
         longest = settings.seq_length

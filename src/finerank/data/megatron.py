@@ -23,7 +23,7 @@ from finerank.data.handlers import Handler
 from finerank.data.indexed import CODE_INT32, CODE_UINT16, IndexedFile, IndexedWriter
 from finerank.data.packing import knapsack
 from finerank.data.pipeline import Rows, make_samples
-from finerank.data.prefixes import SIDECAR, field_prefix, text_prefix
+from finerank.data.prefixes import SIDECAR, field_prefix, kind_of, text_prefix
 from finerank.data.receipt import Receipt
 from finerank.data.samples import TOO_LONG, ChunkResult, SampleMaker
 from finerank.data.types import IGNORE_INDEX
@@ -47,6 +47,7 @@ class IndexedOptions:
     workers: int = 1
     strict: bool = False
     deduplicate: bool = False
+    sample_by: str = "line"
     note: Mapping[str, Any] = field(default_factory=dict)
     """What the sidecar says about template, tokenizer and settings."""
     on_rows: Callable[[int], None] | None = None
@@ -62,6 +63,12 @@ def write_indexed(files: Sequence[Path], maker: SampleMaker, choose: Choose, opt
         raise ConfigError("--pack needs --seq-length, the length of a packed row.")
     if options.pack and options.kind != "instruction":
         raise ConfigError(f"--pack is for rows with one answer; these are {options.kind} rows.")
+    there = kind_of(options.output_prefix)
+    if there not in (None, options.kind):
+        raise ConfigError(
+            f"{options.output_prefix} holds {there} rows already, and these are {options.kind} rows; choose another "
+            "--output-prefix, or remove its files."
+        )
     receipt = Receipt()
     results = make_samples(
         files,
@@ -71,6 +78,7 @@ def write_indexed(files: Sequence[Path], maker: SampleMaker, choose: Choose, opt
         workers=options.workers,
         strict=options.strict,
         deduplicate=options.deduplicate,
+        sample_by=options.sample_by,
     )
     with _aside_then_under(options.output_prefix) as prefix:
         if options.kind == "text":
@@ -170,14 +178,29 @@ def _aside_then_under(prefix: Path) -> Iterator[Path]:
             # Without its index a `.bin` is nothing: no old index may ever lie beside a new `.bin`.
             written = sorted(aside.iterdir(), key=lambda p: (p.suffix == ".idx", p.suffix == ".json", p.name))
             for path in written:
-                if path.suffix == ".idx":
-                    (prefix.parent / path.name).unlink(missing_ok=True)
-            for path in written:
                 fsync_path(path)
-                os.replace(path, prefix.parent / path.name)
+            _take_the_place(written, prefix.parent)
             fsync_path(prefix.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_the_place(written: Sequence[Path], folder: Path) -> None:
+    """Rename files into a folder, the last ones' namesakes leaving it first; an error puts all back as it was."""
+    undo: list[tuple[Path, Path]] = []
+    old = written[0].parent / "old"
+    try:
+        old.mkdir()
+        there = [path for path in reversed(written) if (folder / path.name).exists()]
+        moves = [(folder / path.name, old / path.name) for path in there]
+        for source, target in moves + [(path, folder / path.name) for path in written]:
+            os.replace(source, target)
+            undo.append((target, source))
+    except BaseException:
+        for source, target in reversed(undo):
+            with contextlib.suppress(OSError):
+                os.replace(source, target)
+        raise
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

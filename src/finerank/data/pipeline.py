@@ -25,7 +25,7 @@ from finerank.data.receipt import DUPLICATE, FileReceipt, Receipt
 from finerank.data.rows import BadRow
 from finerank.data.samples import TOO_LONG, ChunkResult, Outcome, SampleMaker
 from finerank.data.types import IGNORE_INDEX
-from finerank.errors import DataError
+from finerank.errors import ConfigError, DataError
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 4 << 20
@@ -70,6 +70,7 @@ def make_samples(
     workers: int = 1,
     strict: bool = False,
     deduplicate: bool = False,
+    sample_by: str = "line",
 ) -> Iterator[ChunkResult]:
     """The samples of all files in order; `receipt` gains one entry for each file.
 
@@ -80,23 +81,27 @@ def make_samples(
         workers: processes; 1 works in this one.
         strict: raise at the first row that cannot be used.
         deduplicate: leave out rows equal to an earlier one, also of another file.
+        sample_by: what a row of a plain-text file is; see `readers.read_rows`.
 
     Raises:
+        ConfigError: `sample_by` would have no effect.
         DataError: a file cannot be read; with `strict` or overlong "error", a bad row.
     """
+    if sample_by != "line" and not any(map(readers.is_plain_text, files)):
+        raise ConfigError(f"--sample-by {sample_by} has no effect: no file is plain text (.txt); leave it out.")
     receipt.files += [FileReceipt(str(path)) for path in files]
     own = receipt.files[len(receipt.files) - len(files) :]
     seen: set[bytes] = set()
-    tasks = _tasks(files, own, choose)
+    tasks = _tasks(files, own, choose, sample_by)
     for index, result in _map(tasks, maker, workers):
         yield _account(result, own[index], seen, maker, strict=strict, deduplicate=deduplicate)
 
 
 def _tasks(
-    files: Sequence[Path], receipts: Sequence[FileReceipt], choose: Callable[[Path, Rows], Handler]
+    files: Sequence[Path], receipts: Sequence[FileReceipt], choose: Callable[[Path, Rows], Handler], sample_by: str
 ) -> Iterator[Task]:
     for index, path in enumerate(files):
-        rows = readers.read_rows(path)
+        rows = readers.read_rows(path, sample_by=sample_by)
         head: Rows = list(itertools.islice(rows, LOOK_AHEAD))
         if not head:
             continue
@@ -105,6 +110,7 @@ def _tasks(
         else:
             handler = choose(path, head)
             receipts[index].handler = handler.name
+            receipts[index].notes += handler.notes([row for _, row in head])
         for chunk in _chunks(itertools.chain(head, rows)):
             yield index, handler, chunk
 

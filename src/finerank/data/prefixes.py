@@ -2,6 +2,7 @@
 
     PREFIX_packed_input_ids_document.{bin,idx}, ..._labels_..., ..._attention_mask_...     instruction rows
     PREFIX_text_document.{bin,idx}                                                        plain text, all trained
+    PREFIX_packed_{chosen,rejected}_{input_ids,labels}_document.{bin,idx}                 pairs; see `pair_prefixes`
     PREFIX_finerank.json                                                                  template, tokenizer, receipt
 
 Segments of neat-packed files (numbers in the attention mask) become samples of their own again; padding and whatever
@@ -36,8 +37,10 @@ def field_prefix(prefix: str | Path, name: str) -> Path:
 
 
 def text_prefix(prefix: str | Path) -> Path:
-    """The same for plain text."""
+    """The same for plain text; Megatron's commands give the whole name of such a file."""
     prefix = Path(prefix).expanduser()
+    if prefix.name.endswith("_text_document") and idx_path(prefix).is_file():
+        return prefix
     return prefix.with_name(f"{prefix.name}_text_document")
 
 
@@ -56,9 +59,7 @@ def kind_of(path: str | Path) -> str | None:
 def prefix_dataset(settings: DataSettings, prefix: str, template: Template, receipt: Receipt) -> TokenDataset:
     """The samples under a prefix, cut to `settings.seq_length` when they are read. Raises DataError, ConfigError."""
     kind = kind_of(prefix)
-    if kind == "pairwise":
-        raise DataError(f"{prefix} holds pairs of a chosen and a rejected answer; tune trains on single answers.")
-    _check_sidecar(settings, prefix, template, receipt)
+    check_sidecar(settings, prefix, template, receipt)
     if kind == "text":
         ids = labels = IndexedFile(text_prefix(prefix))
         mask = None
@@ -70,12 +71,15 @@ def prefix_dataset(settings: DataSettings, prefix: str, template: Template, rece
         for name, other in (("labels", labels), ("attention_mask", mask)):
             if other is not None and not np.array_equal(other.lengths, ids.lengths):
                 raise DataError(f"{prefix}: input_ids and {name} have different lengths; preprocess the rows again.")
-    return _dataset(prefix, ids, labels, mask, settings.seq_length, receipt)
+    return _dataset(prefix, ids, labels, mask, settings.seq_length, receipt, vocab_size=_vocab_size(template))
 
 
-def open_pair(prefix: Path, longest: int) -> TokenDataset:
-    """The samples of two indexed files that this program just wrote, nothing left out; digest left empty."""
-    ids, labels = IndexedFile(field_prefix(prefix, "input_ids")), IndexedFile(field_prefix(prefix, "labels"))
+def open_fields(prefix: Path, part: str = "", *, longest: int) -> TokenDataset:
+    """The samples of two indexed files that this program wrote, nothing left out; digest left empty.
+
+    `part` is "chosen_" or "rejected_" for pairs.
+    """
+    ids, labels = (IndexedFile(field_prefix(prefix, part + name)) for name in ("input_ids", "labels"))
     numbers = np.zeros(len(ids), np.int64)
     return TokenDataset(
         [Source(ids.values, labels.values)], numbers, ids.starts, labels.starts, ids.lengths, longest=longest
@@ -83,18 +87,24 @@ def open_pair(prefix: Path, longest: int) -> TokenDataset:
 
 
 def _dataset(
-    prefix: str, ids: IndexedFile, labels: IndexedFile, mask: IndexedFile | None, longest: int, receipt: Receipt
+    prefix: str,
+    ids: IndexedFile,
+    labels: IndexedFile,
+    mask: IndexedFile | None,
+    longest: int,
+    receipt: Receipt,
+    *,
+    vocab_size: int,
 ) -> TokenDataset:
     file = FileReceipt(str(prefix), handler="indexed")
     receipt.files.append(file)
+    _check_ids(prefix, ids, labels, vocab_size)
     kept: list[tuple[int, int, int]] = []  # ids start, labels start, length
     digest = hashlib.sha256()
     for i, pieces in enumerate(_segments(ids, labels, mask)):
         before = len(kept)
         for start, length in pieces:
             values, targets = ids[i][start : start + length], labels[i][start : start + length]
-            if len(values) and int(values.min()) < 0:
-                raise DataError(f"{prefix}: sample {i + 1} has a negative token id; preprocess the rows again.")
             trained = np.flatnonzero(targets[1:] != IGNORE_INDEX)
             if not len(trained):
                 continue
@@ -119,6 +129,24 @@ def _dataset(
     return data
 
 
+def _vocab_size(template: Template) -> int:
+    """One more than the largest id that the tokenizer can give."""
+    return 1 + max(template.encoder.tokenizer.get_vocab().values())
+
+
+def _check_ids(prefix: str, ids: IndexedFile, labels: IndexedFile, vocab_size: int) -> None:
+    """Raise DataError for the first sample with an id or label that the tokenizer does not have."""
+    for i in range(len(ids)):
+        values, targets = ids[i], labels[i][labels[i] != IGNORE_INDEX]
+        for found in (values, targets):
+            if len(found) and not 0 <= int(found.min()) <= int(found.max()) < vocab_size:
+                odd = next(int(x) for x in found if not 0 <= x < vocab_size)
+                raise DataError(
+                    f"{prefix}: sample {i + 1} has token id {odd}, and this tokenizer's end at {vocab_size - 1}: it "
+                    "was made with another tokenizer, or is damaged; preprocess the rows with this one."
+                )
+
+
 def _segments(ids: IndexedFile, labels: IndexedFile, mask: IndexedFile | None) -> Iterator[list[tuple[int, int]]]:
     """(start, length) of each segment of each sequence."""
     for i in range(len(ids)):
@@ -132,7 +160,8 @@ def _segments(ids: IndexedFile, labels: IndexedFile, mask: IndexedFile | None) -
         yield [(a, b - a) for a, b in itertools.pairwise(bounds) if numbers[a] != 0]
 
 
-def _check_sidecar(settings: DataSettings, prefix: str, template: Template, receipt: Receipt) -> None:
+def check_sidecar(settings: DataSettings, prefix: str, template: Template, receipt: Receipt) -> None:
+    """Raise ConfigError when the ids were made with another template than this run's; note when nothing is known."""
     stored = read_sidecar(prefix)
     if stored is None:
         receipt.notes.append(f"{prefix} says nothing about its template; make sure that it is '{template.name}'")

@@ -15,6 +15,7 @@ import numpy as np
 
 from finerank.data.handlers import Handler
 from finerank.data.handlers.pretrain import ROLE as TEXT
+from finerank.data.pairs import EQUAL_ANSWERS, fit_pair
 from finerank.data.rows import BadRow
 from finerank.data.templates import Template, Turn
 from finerank.data.truncate import EncodedTurn, fit, join, newer_rule, older_rule
@@ -133,15 +134,20 @@ class SampleMaker:
         if conversation.messages[0].role == TEXT:
             rendered = self._pieces(samples[0][0].target)
         else:
+            if self.rules.pairwise and not self.rules.megatron and self.rules.overlong == "truncate":
+                samples, truncated = fit_pair(samples, self._limit)
             for turns in samples:
                 made, was_cut = self._sample(turns)
                 truncated = truncated or was_cut
                 if made is None:
                     return Outcome(number, TOO_LONG)
                 rendered.append(made)
-        trained = any(r.labels[1:].count(IGNORE_INDEX) < len(r.labels) - 1 for r in rendered)
-        if not self.rules.megatron and not trained:
-            return Outcome(number, NOT_TRAINED)
+        if not self.rules.megatron:
+            trained = [r.labels[1:].count(IGNORE_INDEX) < len(r.labels) - 1 for r in rendered]
+            if not any(trained) or (self.rules.pairwise and not all(trained)):
+                return Outcome(number, NOT_TRAINED)
+            if self.rules.pairwise and rendered[0] == rendered[1]:
+                return Outcome(number, EQUAL_ANSWERS)
         values = [part for r in rendered for part in (r.ids, r.labels)]
         for i, value in enumerate(values):
             fields[self.fields[i % len(self.fields)]].append(value)
@@ -151,12 +157,7 @@ class SampleMaker:
         """One sample within the limit, and whether it was cut; None when it is too long and is not to be cut."""
         rules, template = self.rules, self.template
         older = rules.megatron and template.older_truncation
-        length = rules.seq_length or MEGATRON_LONGEST
-        if rules.megatron:
-            limit = length if older else length - 1
-        else:
-            limit = length - (self.eod is not None) - (template.efficient_eos is not None)
-        fitted, was_cut = fit(turns, limit, older_rule if older else newer_rule)
+        fitted, was_cut = fit(turns, self._limit, older_rule if older else newer_rule)
         if was_cut and rules.overlong != "truncate":
             return None, False
         rendered = join(
@@ -172,11 +173,26 @@ class SampleMaker:
             return Rendered(rendered.ids[:end], rendered.labels[:end]), True
         return rendered, was_cut
 
+    @property
+    def _limit(self) -> int:
+        """Tokens that the turns of a sample may have."""
+        rules, template = self.rules, self.template
+        length = rules.seq_length or MEGATRON_LONGEST
+        if rules.megatron:
+            return length if template.older_truncation else length - 1
+        return length - (self.eod is not None) - (template.efficient_eos is not None)
+
     def _pieces(self, ids: list[int]) -> list[Rendered]:
-        """Plain text in pieces of at most the longest length, all of it trained."""
+        """Plain text in pieces of at most the longest length, all of it trained.
+
+        A piece begins with the last token of the piece before it, so that each token but the text's first is
+        predicted exactly once.
+        """
         ids = [*ids, *([] if self.eod is None else [self.eod])]
-        length = len(ids) if self.rules.megatron else self.rules.seq_length or len(ids)
-        return [Rendered(ids[i : i + length], ids[i : i + length]) for i in range(0, len(ids), length or 1)]
+        length = self.rules.seq_length
+        if self.rules.megatron or length is None or len(ids) <= length:
+            return [Rendered(ids, list(ids))] if ids else []
+        return [Rendered(ids[i : i + length], ids[i : i + length]) for i in range(0, len(ids) - 1, length - 1)]
 
 
 def _digest(conversation: Conversation) -> bytes:

@@ -36,6 +36,11 @@ class RowSettings(TemplateSettings):
     mask_history: bool = setting(False, help="count the loss on the last answer only")
     seq_length: int = setting(2048, help="longest sample in tokens", flags=("--cutoff-len", "--max-seq-length"))
     overlong: str = setting("truncate", choices=("truncate", "drop", "error"), help="what to do with longer samples")
+    sample_by: str = setting(
+        "line",
+        choices=("line", "paragraph", "document"),
+        help="plain-text files: a text is a line, a paragraph between blank lines, or the whole file",
+    )
     append_eod: bool = setting(
         False, help="append the end-of-text token to each sample and train on it", flags=("--add-eos-token",)
     )
@@ -70,6 +75,12 @@ class BatchSettings:
 class DataSettings(RowSettings, BatchSettings):
     """All that tune needs to know about data."""
 
+    stage: str = setting(
+        "sft",
+        choices=("sft", "pt", "dpo"),
+        help="sft: answers to instructions; pt: continued pretraining on plain text; dpo: preference tuning on pairs "
+        "of a chosen and a rejected answer",
+    )
     data_path: list[str] = setting([], help="rows (json jsonl csv parquet arrow txt, folder) or an indexed prefix")
     data_weights: list[float] = setting([], help="sampling weight of each --data-path")
     valid_data_path: list[str] = setting([], help="held-out rows or indexed prefix")

@@ -60,6 +60,10 @@ class TokenDataset:
         """int32 [T], unshifted: the id to be predicted at its own position, -100 where nothing is trained."""
         return self._pair(i)[1]
 
+    def sequences(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, labels) of each sequence that the sample puts into a batch: one."""
+        return [self._pair(i)]
+
     def subset(self, indices: np.ndarray) -> "TokenDataset":
         """The samples with these numbers, in this order; a number may come again."""
         if len(indices) == len(self) and (indices == np.arange(len(self))).all():

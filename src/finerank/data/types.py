@@ -69,6 +69,9 @@ class Batch:
     """int64 [B, T], 1 for real tokens, for padded batches"""
     rows: tuple[int, ...] = field(default=())
     """indices of the dataset's samples inside, in order, for messages and replays"""
+    reference: torch.Tensor | None = None
+    """fp32 [rows, 2], for pairs: log-probabilities of chosen and rejected under the reference model. A pair is two
+    sequences, the chosen one first."""
 
     @property
     def num_trained_tokens(self) -> int:

@@ -9,6 +9,7 @@ the model's own logits. A head that does otherwise is called as the model calls 
 
 import logging
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,7 @@ def loss_sum(
     Raises:
         ModelError: the model does not keep its decoder apart from its head.
     """
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask if cu_seqlens is None else packed_mask(cu_seqlens),
-        "position_ids": position_ids,
-        "use_cache": False,
-    }
+    inputs = model_inputs(input_ids, position_ids, cu_seqlens, attention_mask)
     trained = (target_ids != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     targets = target_ids.flatten()[trained]
     head = verified_head(model)
@@ -61,6 +57,18 @@ def loss_sum(
         return _own_loss_sum(model, inputs, trained, targets)
     hidden = decoder_of(model)(**inputs).last_hidden_state.flatten(0, 1)
     return cross_entropy_sum(head, hidden.index_select(0, trained), targets)
+
+
+def model_inputs(
+    input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+) -> dict[str, Any]:
+    """What a model or its decoder is called with; see `loss_sum`."""
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask if cu_seqlens is None else packed_mask(cu_seqlens),
+        "position_ids": position_ids,
+        "use_cache": False,
+    }
 
 
 def _own_loss_sum(model: PreTrainedModel, inputs: dict, trained: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""The held-out loss: mean over all trained tokens of the held-out batches, by the same code as the training loss."""
+"""The held-out loss: mean over what the loss counts (trained tokens, or pairs), by the code of the training loss."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,43 @@ from finerank.models.forward import loss_sum
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(model, micro-batch on the model's device) -> differentiable fp32 sum of the loss over its trained tokens."""
+
+
+class MeasuredLoss(ABC):
+    """A loss that counts something else than trained tokens, and measures more than its own value."""
+
+    @abstractmethod
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
+        """Sum over what it counts; see `LossFunction`."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> int:
+        """What the sum is divided by."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget what was measured."""
+
+    @abstractmethod
+    def measures(self) -> dict[str, float]:
+        """Further numbers for the metrics, since `begin`."""
+
+
+def count_of(loss_function: LossFunction, batch: Batch) -> int:
+    """What the loss of a batch is divided by: its trained tokens, unless the loss counts otherwise."""
+    return loss_function.count(batch) if isinstance(loss_function, MeasuredLoss) else batch.num_trained_tokens
+
+
+def measures_of(loss_function: LossFunction, prefix: str = "") -> dict[str, float]:
+    """What a loss measured besides its value."""
+    found = loss_function.measures() if isinstance(loss_function, MeasuredLoss) else {}
+    return {prefix + name: value for name, value in found.items()}
+
+
+def begin_measuring(loss_function: LossFunction) -> None:
+    """Let a loss forget what it measured."""
+    if isinstance(loss_function, MeasuredLoss):
+        loss_function.begin()
 
 
 def batch_loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -34,7 +72,7 @@ def evaluate_loss(
     loss_function: LossFunction = batch_loss_sum,
     before_each: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss per trained token without dropout.
+    """Mean loss per trained token (or whatever else the loss counts) without dropout.
 
     Args:
         model: left in the mode (train or eval) it was in.
@@ -49,12 +87,13 @@ def evaluate_loss(
     was_training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    begin_measuring(loss_function)
     try:
         with torch.no_grad():
             for batch in batches:
                 before_each()
                 total += loss_function(model, batch.to(device)).double()
-                tokens += batch.num_trained_tokens
+                tokens += count_of(loss_function, batch)
     finally:
         model.train(was_training)
     if tokens == 0:

@@ -6,7 +6,8 @@
 
 A step is: the micro-batches of the step's rows, forward and backward one by one, the gradient norm, AdamW, and then
 what is due: evaluation, a metrics row, a checkpoint. The loss of a step is the mean over all trained tokens of the
-global batch, however it was split, because each micro-batch contributes its sum divided by the batch's count.
+global batch, however it was split, because each micro-batch contributes its sum divided by the batch's count. (A loss
+over pairs of answers counts pairs instead.)
 
 A stop is obeyed after any micro-batch: a half-accumulated gradient is dropped, and the state saved is that of the last
 finished step, from which the same micro-batches follow again.
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,15 @@ from torch import Tensor, nn
 from finerank.checkpoints.native import Checkpoint, damage, drop_newer, read_checkpoint
 from finerank.data.types import Batch
 from finerank.errors import CheckpointError, DataError, NumericsError, StorageError
-from finerank.train.held_out import LossFunction, batch_loss_sum, evaluate_loss
+from finerank.train.given import LocalUpdate, Plan, Trainable
+from finerank.train.held_out import (
+    LossFunction,
+    batch_loss_sum,
+    begin_measuring,
+    count_of,
+    evaluate_loss,
+    measures_of,
+)
 from finerank.train.memory import OutOfMemoryError, explain, is_out_of_memory, peak_memory_bytes
 from finerank.train.metrics import FILE_NAME, Metrics, open_trackers, read_metrics
 from finerank.train.nonfinite import find_nonfinite, write_replay
@@ -42,30 +51,6 @@ from finerank.train.schedule import Schedule
 from finerank.train.settings import TrainSettings
 from finerank.train.state import TrainState, load_parameters, seed_everything
 from finerank.train.stop import Signals, StopSignal
-
-
-class Plan(Protocol):
-    """Which rows a step takes in; see `finerank.data.loader.BatchPlan`."""
-
-    num_steps: int
-
-    def rows(self, step: int) -> list[int]: ...
-
-    def micro_batches(self, step: int) -> list[Batch]: ...
-
-
-class Trainable(Protocol):
-    """What is trained; see `finerank.adapters.inject.AdapterSet`."""
-
-    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
-
-
-class LocalUpdate(Protocol):
-    """Parameters that learn without the optimizer; see `finerank.adapters.lu_lora.LocalLearning`."""
-
-    def begin_step(self, step: int) -> None: ...
-
-    def apply_local_update(self, *, lr_factor: float) -> None: ...
 
 
 def evaluation_steps(num_steps: int, interval: int | None) -> frozenset[int]:
@@ -94,6 +79,7 @@ class TrainLoop:
         loss_function: LossFunction = batch_loss_sum,
         lr_ratios: Mapping[Tensor, float] | None = None,
         local: LocalUpdate | None = None,
+        after_write: Callable[[], None] = lambda: None,
     ):
         """
         Args:
@@ -105,15 +91,16 @@ class TrainLoop:
             origin: what the run is made of, stored in each checkpoint (see `train.resume`).
             adapter_files: the adapter at this moment as files by name, for checkpoints.
             held_out: makes the held-out batches anew; None without held-out rows.
-            loss_function: sum of the loss over a micro-batch's trained tokens.
+            loss_function: sum of the loss over a micro-batch's trained tokens, or a MeasuredLoss.
             lr_ratios: learning rate of a parameter over the run's, where it is not 1.
             local: learns beside the optimizer, once a step; its parameters are among the adapters', without gradient.
+            after_write: called when trained parameters have new values, e.g. to round them into a bf16 model.
         """
         self.model, self.plan, self.settings, self.folder, self.origin = model, plan, settings, folder, origin
         self.adapter_files, self.held_out, self.loss_function = adapter_files, held_out, loss_function
         self.named_parameters = dict(adapters.named_parameters())
         trained = {name: p for name, p in self.named_parameters.items() if p.requires_grad}
-        self.parameters, self.local = list(trained.values()), local
+        self.parameters, self.local, self.after_write = list(trained.values()), local, after_write
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(trained.items(), settings, lr_ratios=lr_ratios)
         self.learning_rate = Schedule.of(settings, num_steps=plan.num_steps)
@@ -132,6 +119,7 @@ class TrainLoop:
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
         load_parameters(self.named_parameters, groups["parameter"])
+        self.after_write()
         load_optimizer_tensors(self.optimizer, self.named_parameters.items(), groups["optimizer"])
         self.state = TrainState.from_dict(checkpoint.state["train"])
         patience = self.settings.early_stopping_patience  # perhaps another one than then
@@ -158,6 +146,7 @@ class TrainLoop:
         prefix = "parameter/"
         best = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         load_parameters(self.named_parameters, best)
+        self.after_write()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -221,12 +210,13 @@ class TrainLoop:
         if self.local is not None:
             self.local.begin_step(state.step)
         try:
-            loss = self._accumulate(batches, trained_tokens)
+            loss = self._accumulate(batches)
             norm = clip_gradients(self.parameters, self.settings.clip_grad).item()
             is_finite = math.isfinite(loss) and math.isfinite(norm)
             if is_finite:
                 set_learning_rate(self.optimizer, lr)
                 self.optimizer.step()
+                self.after_write()
                 if self.local is not None:
                     self.local.apply_local_update(lr_factor=lr / self.settings.lr if self.settings.lr else 0.0)
         finally:
@@ -246,6 +236,8 @@ class TrainLoop:
         }
         if not is_finite:
             row |= {"loss": None, "grad_norm": None, "skipped": True}
+        else:
+            row |= measures_of(self.loss_function)
         # one assignment, so that a stop never sees a half-updated state
         self.state = replace(
             state,
@@ -260,21 +252,23 @@ class TrainLoop:
             num_skipped_in_a_row=0 if is_finite else state.num_skipped_in_a_row + 1,
         )
 
-    def _accumulate(self, batches: list[Batch], trained_tokens: int) -> float:
+    def _accumulate(self, batches: list[Batch]) -> float:
         """Backward over all micro-batches; returns the step's loss."""
+        count = sum(count_of(self.loss_function, batch) for batch in batches)
+        begin_measuring(self.loss_function)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             seed_everything(*self._seed(i))
             try:
                 loss = self.loss_function(self.model, batch.to(self.device))
-                (loss / trained_tokens).backward()
+                (loss / count).backward()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(explain(self.model, batch, device=self.device)) from error
             total += loss.detach().double()
             self.signals.check()
-        return total.item() / trained_tokens
+        return total.item() / count
 
     def _seed(self, micro_batch: int) -> tuple[int, int, int]:
         return (self.settings.seed, self.state.step, micro_batch)
@@ -289,7 +283,7 @@ class TrainLoop:
             )
             state, is_better = self._judge(state, eval_loss)
             state = replace(state, seconds=state.seconds + watch.lap())
-            row = {**row, "eval_loss": eval_loss}
+            row = {**row, "eval_loss": eval_loss, **measures_of(self.loss_function, "eval_")}
         rows = 0 if row["step"] == 0 else len(self.plan.rows(row["step"] - 1))
         self.state = replace(state, pending=None)
         if len(row) > 1:  # without held-out rows there is nothing to say about step 0

@@ -1,8 +1,10 @@
 """Settings of the optimizer, the schedule and the run; defaults only here."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
+from finerank import registry
 from finerank.config import setting
 from finerank.errors import ConfigError, unknown_name
 
@@ -93,7 +95,30 @@ class CheckpointSettings:
 
 
 @dataclass(kw_only=True)
-class TrainSettings(OptimSettings, RunSettings, CheckpointSettings):
+class PreferenceSettings:
+    """`--stage dpo`: which loss over pairs of answers, and its constants."""
+
+    pref_loss: str = setting(
+        "sigmoid",
+        help="dpo: loss over pairs: sigmoid (DPO), hinge, ipo, simpo or orpo",
+        flags=("--dpo-loss-type", "--loss-type"),
+    )
+    pref_beta: float | None = setting(
+        None,
+        help="dpo: how strongly the loss holds to the reference (ORPO: weight of the odds); default 0.1, simpo 2",
+        flags=("--dpo-beta", "--beta"),
+    )
+    dpo_label_smoothing: float = setting(
+        0.0, help="dpo: share of pairs thought to be labelled wrongly", flags=("--label-smoothing",)
+    )
+    simpo_gamma: float = setting(0.5, help="dpo: SimPO's target margin")
+    pref_ftx: float = setting(
+        0.0, help="dpo: weight of a supervised loss on the chosen answer (nats per token)", flags=("--rpo-alpha",)
+    )
+
+
+@dataclass(kw_only=True)
+class TrainSettings(OptimSettings, RunSettings, CheckpointSettings, PreferenceSettings):
     """All that the training loop needs to know."""
 
 
@@ -149,6 +174,26 @@ def check_train_settings(s: TrainSettings) -> None:
     for name in s.report_to:
         if name not in TRACKERS:
             raise ConfigError(unknown_name("tracker of --report-to", name, TRACKERS))
+
+
+def check_preference_settings(s: PreferenceSettings, *, stage: str) -> None:
+    """Raise ConfigError for values that no loss can have, and for settings without effect."""
+    if stage != "dpo":
+        for f in dataclasses.fields(PreferenceSettings):
+            if getattr(s, f.name) != f.default:
+                raise ConfigError(
+                    f"{_flag(f.name)} has no effect with --stage {stage}; add --stage dpo or leave it out."
+                )
+        return
+    if s.pref_loss not in (known := registry.names("finerank.train.preference")):
+        raise ConfigError(unknown_name("loss of --pref-loss", s.pref_loss, known))
+    if s.pref_beta is not None and not 0 < s.pref_beta < math.inf:
+        raise ConfigError(f"--pref-beta must be above 0, not {s.pref_beta}.")
+    if not 0 <= s.dpo_label_smoothing < 0.5:
+        raise ConfigError(f"--dpo-label-smoothing is a share from 0 to below 0.5, not {s.dpo_label_smoothing}.")
+    for name in ("simpo_gamma", "pref_ftx"):
+        if not 0 <= getattr(s, name) < math.inf:
+            raise ConfigError(f"{_flag(name)} must be at least 0, not {getattr(s, name)}.")
 
 
 def _flag(name: str) -> str:

@@ -1,0 +1,32 @@
+"""What the training loop is given: which rows a step takes, what is trained, what learns beside the optimizer."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from finerank.data.types import Batch
+
+
+class Plan(Protocol):
+    """Which rows a step takes in; see `finerank.data.loader.BatchPlan`."""
+
+    num_steps: int
+
+    def rows(self, step: int) -> list[int]: ...
+
+    def micro_batches(self, step: int) -> list[Batch]: ...
+
+
+class Trainable(Protocol):
+    """What is trained; see `finerank.adapters.inject.AdapterSet`."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class LocalUpdate(Protocol):
+    """Parameters that learn without the optimizer; see `finerank.adapters.lu_lora.LocalLearning`."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def apply_local_update(self, *, lr_factor: float) -> None: ...
