@@ -51,6 +51,8 @@ class FileReceipt:
     duplicates: Counted = field(default_factory=Counted)
     lengths: dict[str, int] = field(default_factory=dict)
     """Samples by length in tokens: "65-128" -> how many."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know about the file, such as columns that are not read."""
 
     def drop(self, row: int, reason: str) -> None:
         """Count a row that was read and cannot be used."""
@@ -125,6 +127,7 @@ class Receipt:
             for reason, counted in sorted(f.dropped.items(), key=lambda item: -item[1].count):
                 rows = ", ".join(map(str, counted.first_rows)) + (", ..." if counted.count > FIRST_ROWS else "")
                 lines.append(f"{'':>10} {'':>9} {counted.count:>8}  {reason}: row {rows}")
+            lines += [f"note: {Path(f.path).name}: {note}" for note in f.notes]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 

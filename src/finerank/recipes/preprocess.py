@@ -8,7 +8,6 @@ The files are those of MindSpeed-LLM's preprocess_data.py, and its command lines
 printed and written to PREFIX_receipt.json; PREFIX_finerank.json says with which template the ids were made.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +47,9 @@ class Settings(ModelSettings, VocabularySettings, RowSettings):
     pack: bool = setting(False, help="put several samples into each row of --seq-length tokens")
     neat_pack: bool = setting(False, help="with --pack: number the samples of a row in the attention mask")
     json_keys: str = setting("text", help="column of plain text for continued pretraining")
-    log_interval: int = setting(10_000, help="rows between progress lines; 0 for none")
+    log_interval: int = setting(
+        10_000, help="rows between progress lines, where there is no terminal for a bar; 0: neither"
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("seq_length", 2), ("workers", 1), ("log_interval", 0)):
@@ -63,6 +64,7 @@ def run(settings: Settings) -> int:
     """Preprocess; see the module's docstring. Returns the exit status."""
     from finerank.data.megatron import write_indexed
     from finerank.data.pipeline import choose_handler
+    from finerank.data.progress import RowProgress
     from finerank.data.readers import input_files
     from finerank.data.samples import SampleMaker, SampleRules
     from finerank.data.templates import load_template
@@ -86,7 +88,9 @@ def run(settings: Settings) -> int:
         pairwise=kind == "pairwise",
     )
     started = time.monotonic()
-    receipt = write_indexed(files, SampleMaker(template, rules), choose, _options(settings, kind, template, started))
+    with RowProgress(files, interval=settings.log_interval) as progress:
+        options = _options(settings, kind, template, on_rows=progress.show)
+        receipt = write_indexed(files, SampleMaker(template, rules), choose, options)
     rate = receipt.to_dict()["rows_read"] / max(time.monotonic() - started, 1e-9)
     print(receipt.table())
     print(f"{settings.output_prefix}: {kind} rows, {rate:.0f} rows a second")
@@ -111,7 +115,9 @@ def _kind_of_rows(files: list[Path], choose: Callable[..., Any]) -> str:
     return next(iter(kinds.values()), "instruction")
 
 
-def _options(settings: Settings, kind: str, template: "Template", started: float) -> "IndexedOptions":
+def _options(
+    settings: Settings, kind: str, template: "Template", *, on_rows: Callable[[int], None]
+) -> "IndexedOptions":
     import dataclasses
 
     from finerank.data.megatron import IndexedOptions
@@ -140,22 +146,5 @@ def _options(settings: Settings, kind: str, template: "Template", started: float
         deduplicate=settings.deduplicate,
         sample_by=settings.sample_by,
         note=note,
-        on_rows=_progress(settings.log_interval, started),
+        on_rows=on_rows,
     )
-
-
-def _progress(interval: int, started: float) -> Callable[[int], None] | None:
-    """Writes a line to stderr each `interval` rows; on a terminal the same line again and again."""
-    if not interval:
-        return None
-    end = "\r" if sys.stderr.isatty() else "\n"
-    shown = 0
-
-    def show(rows: int) -> None:
-        nonlocal shown
-        if rows // interval > shown // interval:
-            rate = rows / max(time.monotonic() - started, 1e-9)
-            print(f"{rows} rows, {rate:.0f} rows a second", end=end, file=sys.stderr, flush=True)
-            shown = rows
-
-    return show

@@ -21,6 +21,7 @@ from finerank.data.types import Conversation
 from finerank.errors import ConfigError, unknown_name
 
 Row = dict[str, Any]
+_OPTIONAL = ("history", "system", "tools")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Handler:
     columns: Columns
     mask_history: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What its rows are: "instruction", "pairwise" or "text"."""
+        return "pairwise" if self.name.endswith("pairwise") else "text" if self.name == "pretrain" else "instruction"
+
     def convert(self, row: Row) -> Conversation:
         """The row's conversation; with `mask_history`, only the last answer is trained. Raises BadRow."""
         conversation = _module(self.name).convert(row, self.columns)
@@ -62,6 +68,49 @@ class Handler:
         last = answers[-1] if answers else -1
         messages = tuple(replace(m, trained=m.trained and i == last) for i, m in enumerate(conversation.messages))
         return replace(conversation, messages=messages)
+
+    def unread(self, rows: Sequence[Any]) -> list[str]:
+        """Columns with something in them that `convert` does not read, judged by those of `rows` that it takes."""
+        read: set[str] = set()
+        filled: set[str] = set()
+        for row in rows:
+            watched = _Watched(row) if isinstance(row, dict) else None
+            try:
+                if watched is not None:
+                    self.convert(watched)
+                    read |= watched.read
+                    filled |= {str(column) for column, value in row.items() if value not in (None, "", [], {})}
+            except BadRow:
+                continue
+        return sorted(filled - read)
+
+    def notes(self, rows: Sequence[Any]) -> list[str]:
+        """What the receipt should say about columns that are not read."""
+        unread = self.unread(rows)
+        roles = [column for column in unread if column in _OPTIONAL and column in _module(self.name).KEYS]
+        notes = []
+        if roles:
+            example = " ".join(f"{role}={role}" for role in roles)
+            notes.append(f"these rows can have {', '.join(roles)}, which are not read; add --map-keys {example}")
+        if others := [column for column in unread if column not in roles]:
+            notes.append(f"columns that are not used: {', '.join(others)}")
+        return notes
+
+
+class _Watched(dict[str, Any]):
+    """A row that knows which of its columns were read."""
+
+    def __init__(self, row: Row):
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self.read.add(column)
+        return super().get(column, default)
 
 
 def make_handler(name: str, *, map_keys: Mapping[str, Any] | None = None, mask_history: bool = False) -> Handler:

@@ -11,6 +11,7 @@ import collections
 import gzip
 import io
 import logging
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[int, dict[str, Any] | BadRow]]
 _COMPRESSED = (".gz", ".zst")
+_PART_OF_PREFIX = re.compile(r"(_packed_\w+_document|_text_document)?(\.bin|\.idx)?\Z")
 
 
 def extensions() -> dict[str, str]:
@@ -49,6 +51,9 @@ def input_files(paths: Sequence[str]) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             files += _in_folder(path, known)
+        elif path.suffix in (".bin", ".idx") or path.with_name(path.name + ".idx").is_file():
+            prefix = _PART_OF_PREFIX.sub("", name)
+            raise DataError(f"{name} is a part of indexed files; give their prefix, {prefix}, to tune or inspect.")
         elif not path.is_file():
             raise DataError(f"There is no file or folder {name}; correct --data-path (or --input).")
         elif extension_of(path) not in known:
@@ -74,13 +79,21 @@ def _in_folder(folder: Path, known: dict[str, str]) -> list[Path]:
     return [p for p in found if extension_of(p) == most]
 
 
-def read_rows(path: Path) -> Rows:
-    """(row number from 1, row or why there is none) for each row of a file. Raises DataError for an unreadable file."""
+def read_rows(path: Path, *, sample_by: str = "line") -> Rows:
+    """(row number from 1, row or why there is none) for each row of a file. Raises DataError for an unreadable file.
+
+    `sample_by` says what a row of plain text is: a line, a paragraph or the document.
+    """
     reader = _load(extensions()[extension_of(path)])
     try:
-        yield from reader.read(path)
+        yield from reader.read(path, sample_by) if is_plain_text(path) else reader.read(path)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"Cannot read {path}: {error}; restore the file or leave it out.") from error
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether the file's rows are texts without columns."""
+    return extensions()[extension_of(path)] == "txt"
 
 
 def open_binary(path: Path) -> BinaryIO:

@@ -10,10 +10,13 @@ the tokenizer's own chat template is used. `template.digest` changes with anythi
 """
 
 import abc
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from finerank import registry
 from finerank.data.encode import TextEncoder
@@ -21,6 +24,7 @@ from finerank.data.rows import BadRow
 from finerank.data.settings import TemplateSettings
 from finerank.data.truncate import EncodedTurn, join
 from finerank.data.types import Conversation, Message, Rendered
+from finerank.data.words import Ids
 from finerank.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -60,19 +64,24 @@ class Template(abc.ABC):
 
     def encode(self, samples: Sequence[Sequence[Turn]]) -> list[list[EncodedTurn]]:
         """Ids of the turns of many samples; one call of the tokenizer for all."""
-        texts = [p for turns in samples for t in turns for part in (t.source, t.target) for p in part if type(p) is str]
-        encoded = iter(self.encoder.encode(texts)) if texts else iter(())
+        flat, lengths = self.encode_flat([part for turns in samples for t in turns for part in (t.source, t.target)])
+        ids, ends = flat.tolist(), [0, *np.cumsum(lengths).tolist()]
+        parts = iter([ids[start:end] for start, end in itertools.pairwise(ends)])
+        return [[EncodedTurn(next(parts), next(parts), t.trained) for t in turns] for turns in samples]
 
-        def ids(part: list[Piece]) -> list[int]:
-            found: list[int] = []
-            for piece in part:
-                if type(piece) is str:
-                    found += next(encoded)
-                else:
-                    found.append(piece)  # type: ignore[arg-type]
-            return found
-
-        return [[EncodedTurn(ids(t.source), ids(t.target), t.trained) for t in turns] for turns in samples]
+    def encode_flat(self, parts: Sequence[Sequence[Piece]]) -> Ids:
+        """All ids of sources and targets, one after the other, and how many each has."""
+        pieces = list(itertools.chain.from_iterable(parts))
+        is_text = np.array([type(piece) is str for piece in pieces], bool)
+        ids, text_lengths = self.encoder.encode_flat([piece for piece in pieces if type(piece) is str])
+        lengths = np.ones(len(pieces), np.int64)
+        lengths[is_text] = text_lengths
+        from_text = np.repeat(is_text, lengths)
+        flat = np.empty(len(from_text), np.int32)
+        flat[from_text] = ids
+        flat[~from_text] = [piece for piece in pieces if type(piece) is not str]
+        ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *map(len, parts)])]
+        return flat, np.diff(ends)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Ids and labels of one conversation, nothing cut. Raises DataError for one that the template cannot take."""
