@@ -79,9 +79,8 @@ def local_targets(
 
 
 def _refuse_without_effect(settings: LocalSettings) -> None:
-    for name in ("lu_lora_lr", "lu_lora_lr_ratio", "lu_lora_r", "lu_lora_freeze_after", "lu_lora_rule"):
-        default = LocalSettings.__dataclass_fields__[name].default
-        if getattr(settings, name) != default:
+    for name, field in LocalSettings.__dataclass_fields__.items():
+        if getattr(settings, name) != field.default:
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect without --lu-lora-final-layer-index; give that too."
             )
@@ -143,7 +142,14 @@ class LocalLearning:
     """The local layers of one model during a run."""
 
     def __init__(
-        self, rule: LocalRule, parameters: set[nn.Parameter], *, lr_a: float, lr_b: float, freeze_after: int | None
+        self,
+        rule: LocalRule,
+        parameters: set[nn.Parameter],
+        *,
+        lr_a: float,
+        lr_b: float,
+        freeze_after: int | None,
+        layers: Sequence[nn.Module] = (),
     ):
         """
         Args:
@@ -152,10 +158,16 @@ class LocalLearning:
             lr_a: peak learning rate of `lora_A`, for rules that apply it themselves.
             lr_b: the same of `lora_B`.
             freeze_after: optimizer steps after which nothing local learns any more; None for never.
+            layers: decoder layers 0 to K.
         """
         self.rule, self.parameters, self.freeze_after = rule, parameters, freeze_after
-        self.lr_a, self.lr_b = lr_a, lr_b
+        self.lr_a, self.lr_b, self.layers = lr_a, lr_b, list(layers)
         self.is_learning, self._saw_training = False, False
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether layers 0 to K compute the same from this step to the end of the run."""
+        return not (self.is_learning and self.rule.layers)
 
     def begin_step(self, step: int) -> None:
         """Forget what an interrupted step gathered. `step`: optimizer steps finished so far."""
@@ -226,14 +238,21 @@ def start_local_learning(
         return None
     decoder = _decoder_layers(adapters.model, list(adapters.layers))
     _check_range(last, len(decoder))
-    _check_rates(settings)
+    _check_values(settings)
     local = {name: layer for name, layer in adapters.layers.items() if _is_local(name, last)}
     taught = [layer for name, layer in local.items() if _can_learn(adapters.model, name, settings)]
     rule = _rule_class(settings)(taught)
     ratio = settings.lu_lora_lr_ratio if settings.lu_lora_lr_ratio is not None else rule.default_ratio
     base = settings.lu_lora_lr if settings.lu_lora_lr is not None else lr if rule.learns_by_optimizer else DEFAULT_LR
     parameters = {p for layer in local.values() for p in (layer.lora_A, layer.lora_B)}
-    learning = LocalLearning(rule, parameters, lr_a=base, lr_b=base * ratio, freeze_after=settings.lu_lora_freeze_after)
+    learning = LocalLearning(
+        rule,
+        parameters,
+        lr_a=base,
+        lr_b=base * ratio,
+        freeze_after=settings.lu_lora_freeze_after,
+        layers=decoder[: last + 1],
+    )
     for name, layer in local.items():
         layer.local = learning
         layer.lora_A.requires_grad_(False)
@@ -256,13 +275,18 @@ def start_local_learning(
     return learning
 
 
-def _check_rates(settings: LocalSettings) -> None:
+def _check_values(settings: LocalSettings) -> None:
     for name in ("lu_lora_lr", "lu_lora_lr_ratio"):
         value = getattr(settings, name)
         if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, not {value}.")
     if settings.lu_lora_freeze_after is not None and settings.lu_lora_freeze_after < 0:
         raise ConfigError(f"--lu-lora-freeze-after must be at least 0, not {settings.lu_lora_freeze_after}.")
+    if settings.cache_boundary and settings.lu_lora_rule != "frozen" and settings.lu_lora_freeze_after is None:
+        raise ConfigError(
+            "--cache-boundary needs local layers that no longer learn; add --lu-lora-freeze-after, or use "
+            "--lu-lora-rule frozen."
+        )
 
 
 @torch.no_grad()

@@ -72,7 +72,8 @@ def clear(folder: Path) -> None:
     with storage_errors(folder):
         for _, checkpoint in checkpoints(folder):
             discard_folder(checkpoint)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "boundary_cache"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         for name in _OWN_FILES:
             (folder / name).unlink(missing_ok=True)
         for path in folder.glob("nonfinite-step-*.safetensors"):
