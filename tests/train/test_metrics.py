@@ -37,6 +37,8 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     real = metrics._file
 
     class Full:
+        fileno = real.fileno
+
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -47,6 +49,36 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     metrics.write({"step": 2})
     metrics.close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_file_that_was_removed_is_put_back_with_all_rows(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    metrics = Metrics(path, history=[{"step": 1}])
+    metrics.write({"step": 2})
+    path.unlink()
+    path.parent.rmdir()
+    metrics.write({"step": 3})
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+    path.unlink()
+    metrics.flush_to_disk()
+    metrics.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_tracker_on_a_full_disk_is_a_storage_error_and_the_row_is_kept(tmp_path: Path) -> None:
+    class Tracker:
+        def log(self, step: int, values: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics = Metrics(tmp_path / "metrics.jsonl", trackers=[Tracker()])
+    with pytest.raises(StorageError, match="free space"):
+        metrics.write({"step": 1})
+    with pytest.raises(StorageError, match="free space"):
+        metrics.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_tensorboard_events_hold_the_numbers(tmp_path: Path) -> None:
