@@ -1,5 +1,6 @@
 """Pairs of answers and plain text: what becomes of rows in the stages dpo and pt."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_both_answers_lie_in_the_same_micro_batch(tmp_path: Path, pack: bool):
             assert batch.reference.tolist() == [[2.0 * row, 2.0 * row + 1] for row in batch.rows]
             if pack:
                 edges = batch.cu_seqlens.tolist()
-                found = [batch.input_ids[0, a:b].tolist() for a, b in zip(edges, edges[1:], strict=False)]
+                found = [batch.input_ids[0, a:b].tolist() for a, b in itertools.pairwise(edges)]
             else:
                 lengths = batch.attention_mask.sum(1).tolist()
                 found = [ids[:n].tolist() for ids, n in zip(batch.input_ids, lengths, strict=True)]

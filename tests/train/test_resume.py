@@ -147,8 +147,12 @@ def test_a_best_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("step", -1), ("step", 1.0), ("step", True), ("pending", 3), ("pending", {}), ("best_eval_loss", "low")]
-    + [("seconds", None), ("stopped_early", 1), ("best_step", [1]), ("num_skipped_steps", None)],
+    [
+        *(("step", value) for value in (-1, 1.0, True)),
+        *(("pending", value) for value in (3, {})),
+        *(("best_eval_loss", "low"), ("seconds", None), ("stopped_early", 1)),
+        *(("best_step", [1]), ("num_skipped_steps", None)),
+    ],
 )
 def test_a_state_with_impossible_values_is_refused(name: str, value: object) -> None:
     whole = TrainState(step=3, pending={"step": 3}, best_eval_loss=1.0, best_step=2).to_dict()

@@ -251,7 +251,7 @@ def start_local_learning(
         lr_a=base,
         lr_b=base * ratio,
         freeze_after=settings.lu_lora_freeze_after,
-        layers=decoder[: last + 1],
+        layers=list(decoder)[: last + 1],
     )
     for name, layer in local.items():
         layer.local = learning

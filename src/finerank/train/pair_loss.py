@@ -47,7 +47,7 @@ class PairLoss(MeasuredLoss):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} has no effect with --pref-loss {settings.pref_loss}; leave it out."
                 )
-        self.begin()
+        self._sums, self._num_pairs = torch.zeros(len(MEASURES), dtype=torch.float64), 0
 
     @property
     def needs_reference(self) -> bool:
