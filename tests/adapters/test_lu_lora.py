@@ -415,7 +415,7 @@ def test_choices_are_the_rules_in_the_folder():
         ),
         ({"lu_lora_final_layer_index": 1, "lu_lora_r": 0}, ConfigError, "--lu-lora-r is 0"),
         ({"lu_lora_final_layer_index": 1, "lu_lora_lr_ratio": -1.0}, ConfigError, "--lu-lora-lr-ratio must be"),
-        ({"lu_lora_final_layer_index": 1, "lora_target_modules": ["embed_tokens"]}, AdapterError, "embed_tokens"),
+        ({"lu_lora_final_layer_index": 1, "lora_target_modules": ["embed_tokens"]}, ConfigError, "embed_tokens"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings: dict[str, Any], error: type[Exception], words: str):

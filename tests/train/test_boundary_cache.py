@@ -93,7 +93,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         ("llama", ["--dtype", "bf16", *FROZEN, "--no-pack", "--micro-batch-size", "3", *ONE_LENGTH], 1 / 3),
         ("llama", ["--dtype", "bf16", *FROZEN, "--micro-batch-size", "2", "--lora-dropout", "0.2"], 1 / 3),
         ("gemma3", ["--dtype", "bf16", *FROZEN], 1 / 3),
-        ("llama", ["--dtype", "bf16", *LU, "--lu-lora-freeze-after", "3"], 2 / 3),
+        ("llama", ["--dtype", "bf16", *LU, "--lu-lora-freeze-after", "2"], 2 / 3),
         ("llama", ["--dtype", "fp32", *LU, "--lu-lora-rule", "mindspeed", "--lu-lora-freeze-after", "0"], 1 / 3),
     ],
 )
@@ -151,7 +151,7 @@ def test_killed_and_resumed(
     """The killed run's cache is used again; one that was hurt in the meantime is made again."""
     flags = ["--dtype", "bf16", *flags, "--save-interval", "2", "--micro-batch-size", "3"]
     assert tune(bases["llama"], rows, tmp_path / "plain", *flags) == 0
-    real, left = held_out.loss_sum, [18]
+    real, left = held_out.loss_sum, [13]  # dies in step 5 of 9
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from finerank.adapters.lu_lora import LocalLearning
 from finerank.adapters.settings import LocalSettings
+from finerank.data.pairs import PairDataset
 from finerank.data.tokens import TokenDataset
 from finerank.data.types import Batch
 from finerank.errors import ConfigError, ModelError, StorageError
@@ -240,8 +241,8 @@ class BoundaryCache:
         hidden = (output[0] if self._gives_tuple else output).detach()
         for row, (b, span) in zip(batch.rows, self._places(batch), strict=True):
             if stored[row] is None:
-                stored[row] = hidden[b, span].cpu()
-                self.file.write(row, stored[row])
+                stored[row] = new = hidden[b, span].cpu()
+                self.file.write(row, new)
         self.file.release()
         return self._output(self._assembled(batch, stored))
 
@@ -290,7 +291,7 @@ def start_boundary_cache(
     settings: LocalSettings,
     loop: TrainLoop,
     local: LocalLearning | None,
-    dataset: TokenDataset,
+    dataset: TokenDataset | PairDataset,
     *,
     base_digest: str,
     say: Callable[[str], None],
@@ -312,7 +313,7 @@ def start_boundary_cache(
     if not settings.cache_boundary:
         return None
     assert local is not None and isinstance(loop.model, PreTrainedModel)
-    if loop.loss_function is not batch_loss_sum:
+    if not isinstance(dataset, TokenDataset) or loop.loss_function is not batch_loss_sum:
         raise ConfigError("--cache-boundary is for supervised tuning; leave it out with other losses.")
     fixed_from = 0 if settings.lu_lora_rule == "frozen" else settings.lu_lora_freeze_after or 0
     per_epoch = math.ceil(len(dataset) / len(loop.plan.rows(0)))
