@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_a_broken_line_is_one_bad_row(tmp_path: Path):
     path.write_bytes(b'{"a": 1}\n{"a": \n[1]\n{"a": "\\ud800"}\n{"a": NaN}\n')
     kinds = [row.reason if isinstance(row, BadRow) else "row" for _, row in readers.read_rows(path)]
     assert kinds == ["row", "broken JSON", "the row is not an object", "row", "row"]
+
+
+def test_rows_that_take_no_bytes_are_refused_before_they_are_counted(tmp_path: Path):
+    path = tmp_path / "rows.arrow"
+    table = pyarrow.table({"instruction": pyarrow.nulls(12345)})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    content = path.read_bytes().replace(struct.pack("<q", 12345), struct.pack("<q", 10**12))
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="claims 1000000000000 rows in 0 bytes"):
+        list(readers.read_rows(path))
 
 
 def test_a_damaged_array_keeps_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,15 +2,19 @@
 
 Each parser has a valid sample. The inputs are: arbitrary bytes, the sample cut, with bytes changed, inserted or
 repeated, and (for JSON and YAML) arbitrary values in its place. Hypothesis draws some of them itself and for the others
-the seeds of `mutate`. The default run tries 400 of each parser, the marked one 100,000:
+the seeds of `mutate`. The default run tries 400 of each parser, the marked one 100,000. A few bytes that make a reader
+take gigabytes are an error like any other:
 
     pytest -m long tests/reliability/test_fuzz.py -k "100_000 and idx"
 """
 
+import contextlib
 import functools
 import gzip
 import json
 import random
+import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -266,9 +270,26 @@ def edited_values(sample: bytes, kind: str) -> st.SearchStrategy[bytes]:
     return (VALUES | edits.map(lambda e: {**original, **e})).map(lambda v: dump(v).encode("utf-8", "surrogatepass"))
 
 
+MOST_BYTES = 2 << 30
+"""What a reader may take for a sample of a few kilobytes, allocator and libraries included."""
+
+
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """Inside, a reader that takes too much gets a MemoryError instead of the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), limited_memory():
         warnings.simplefilter("ignore")
         yield tmp_path
 

@@ -1,37 +1,51 @@
 """SIGKILL at random instants of `finerank tune` on a tiny model, and `--resume auto`: the same adapter comes out.
 
 Here the whole program is killed, preprocessing, loading and the last files included; `test_kill_loop` does the same
-to the loop alone, far more often.
+to the loop alone, far more often. Half of the kills fall at any time, the others are aimed into one part of the run.
+With `-s` each test says into which parts its kills fell.
 """
 
+import collections
 import json
+import os
 import random
 import signal
 from pathlib import Path
 
 import children
 import pytest
+from moments import PARTS, Moments
 
 from finerank import cli
 from finerank.checkpoints import native
 from finerank.files import sha256_file
 from finerank.train.metrics import read_metrics
 
+LU = ["--lu-lora-final-layer-index", "0"]
 WAYS = {
     "packed": ["--lora-dropout", "0.1"],
     "padded": ["--no-pack", "--micro-batch-size", "3"],
     "packed-async": ["--async-save", "--lora-target-modules", "linear_qkv", "linear_fc2"],
     "padded-async": ["--no-pack", "--async-save", "--lora-dropout", "0.1"],
-    "lu-lora": ["--lu-lora-final-layer-index", "0", "--lu-lora-freeze-after", "9"],
-    "lu-lora-oja-padded-async": [
-        "--lu-lora-final-layer-index",
-        "0",
-        "--lu-lora-rule",
-        "oja",
-        "--no-pack",
-        "--async-save",
-    ],
+    "lu-lora": [*LU, "--lu-lora-freeze-after", "9"],
+    "lu-lora-async": [*LU, "--async-save"],
+    "lu-lora-padded": [*LU, "--lu-lora-rule", "mindspeed", "--lu-lora-lr", "1e-3", "--no-pack"],
+    "lu-lora-oja-padded-async": [*LU, "--lu-lora-rule", "oja", "--no-pack", "--async-save"],
 }
+METHODS = {
+    "boundary-cache": [*LU, "--lu-lora-rule", "frozen", "--cache-boundary"],
+    "boundary-cache-later": [*LU, "--lu-lora-freeze-after", "3", "--cache-boundary", "--no-pack", "--async-save"],
+    "dora-loraplus": ["--use-dora", "--loraplus-lr-ratio", "4"],
+    "pissa": ["--init-lora-weights", "pissa", "--async-save"],
+    "eva": ["--init-lora-weights", "eva", "--eva-rho", "2"],
+    "olora-early-stop": ["--init-lora-weights", "olora", "--early-stopping-patience", "2", "--lr", "0.3"],
+    "new-tokens": ["--add-tokens", "<one>", "<two>"],
+    "modules-to-save": ["--modules-to-save", "lm_head", "--final-adapter", "best"],
+    "4bit": ["--load-4bit"],
+    "8bit-lu-lora": ["--load-8bit", *LU],
+    "plain-text": ["--stage", "pt", "--async-save"],
+}
+NEEDS_BITSANDBYTES = ("4bit", "8bit-lu-lora")
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +53,19 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     made = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 31)]
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    path.with_suffix(".txt").write_text("".join(f"{row['instruction']} {row['output']}\n" for row in made))
     return path
 
 
-def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
-    argv = ["tune", "--load", str(base), "--data-path", str(rows), "--output-dir", str(run), "--resume", "auto"]
+def tune(base: Path, rows: Path, run: Path, moments: Moments, *flags: str) -> int:
+    os.environ["FINERANK_HOME"] = str(run) + "-home"  # so that each run makes its ids anew
+    data = rows.with_suffix(".txt") if "pt" in flags else rows
+    argv = ["tune", "--load", str(base), "--data-path", str(data), "--output-dir", str(run), "--resume", "auto"]
     argv += ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
     argv += ["--num-epochs", "2.5", "--global-batch-size", "6", "--micro-batch-tokens", "256", "--val-set-size", "4"]
-    argv += ["--save-interval", "2", "--eval-interval", "4", "--lr", "0.01", *flags]
-    return cli.main(argv)
+    argv += ["--save-interval", "2", "--eval-interval", "4", *([] if "--lr" in flags else ["--lr", "0.01"]), *flags]
+    with moments.told():
+        return cli.main(argv)
 
 
 def outcome(run: Path) -> tuple[str, list[dict]]:
@@ -56,35 +74,54 @@ def outcome(run: Path) -> tuple[str, list[dict]]:
     return sha256_file(run / "adapter_model.safetensors"), rows
 
 
-def check(tmp_path: Path, base: Path, rows: Path, way: str, *, kills: int, seed: int) -> None:
+def killed(child: children.BaseProcess, moments: Moments, rng: random.Random) -> str | None:
+    """Kill a run at a random instant and return which one that was; None when the run was faster."""
+    part = rng.choice([*PARTS, *[None] * len(PARTS)])
+    if part is None:
+        child.join(rng.uniform(0.05, 1.0))
+    elif moments.wait(part, child, skip=rng.choice((0, 0, 1, 2, 4))):
+        child.join(0.02 * rng.random() ** 3)  # saves and evaluations last a few milliseconds
+    child.kill()
+    code = children.finish(child)
+    assert code in (0, -signal.SIGKILL), code
+    return moments.now() if code else None
+
+
+def check(tmp_path: Path, base: Path, rows: Path, flags: list[str], *, kills: int, seed: int) -> None:
+    """Runs are killed and started again until `kills` have hit; each must come out like the unbroken one."""
+    moments, hits = Moments(), collections.Counter[str]()
     unbroken = tmp_path / "unbroken"
-    assert children.finish(children.start(tune, base, rows, unbroken, *WAYS[way])) == 0
-    expected, rng, hits = outcome(unbroken), random.Random(f"{way} {seed}"), 0
+    assert children.finish(children.start(tune, base, rows, unbroken, moments, *flags)) == 0
+    expected, rng = outcome(unbroken), random.Random(f"{flags} {seed}")
     for i in range(10 * kills):
         run = tmp_path / str(i)
-        while hits < kills:
-            child = children.start(tune, base, rows, run, *WAYS[way])
-            child.join(rng.uniform(0.05, 1.0))
-            child.kill()
-            if (code := children.finish(child)) == 0:
+        while hits.total() < kills:
+            moments.clear()
+            moment = killed(children.start(tune, base, rows, run, moments, *flags), moments, rng)
+            if moment is None:
                 break
-            assert code == -signal.SIGKILL
-            hits += 1
-        if hits >= kills:
-            assert children.finish(children.start(tune, base, rows, run, *WAYS[way])) == 0
+            hits[moment] += 1
+        if hits.total() >= kills:
+            assert children.finish(children.start(tune, base, rows, run, moments, *flags)) == 0
         assert outcome(run) == expected, f"run {i}"
         assert native.newest_whole(run, say=pytest.fail) is not None
-        assert not [p for p in run.iterdir() if "aside" in p.name or p.name == "run.lock"]
-        if hits >= kills:
+        assert not [p for p in run.iterdir() if "aside" in p.name or p.name in ("run.lock", "boundary_cache")]
+        if hits.total() >= kills:
+            print(f"kills: {json.dumps(hits, sort_keys=True)}")
             return
-    raise AssertionError(f"only {hits} kills hit a living run")
+    raise AssertionError(f"only {hits.total()} kills hit a living run")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_anywhere_and_resumed_gives_the_same_adapter(
     tmp_path: Path, tiny_folder: Path, rows: Path, way: str
 ) -> None:
-    check(tmp_path, tiny_folder, rows, way, kills=4, seed=1)
+    check(tmp_path, tiny_folder, rows, WAYS[way], kills=3, seed=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_survives_kills(tmp_path: Path, tiny_folder: Path, rows: Path, method: str) -> None:
+    check(tmp_path, tiny_folder, rows, _flags(method), kills=2, seed=1)
 
 
 @pytest.mark.long
@@ -93,16 +130,28 @@ def test_killed_anywhere_and_resumed_gives_the_same_adapter(
 def test_killed_50_times_each_way_and_resumed_gives_the_same_adapter(
     tmp_path: Path, tiny_folder: Path, rows: Path, way: str, part: int
 ) -> None:
-    check(tmp_path, tiny_folder, rows, way, kills=10, seed=2 + part)
+    check(tmp_path, tiny_folder, rows, WAYS[way], kills=10, seed=2 + part)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_survives_20_kills(tmp_path: Path, tiny_folder: Path, rows: Path, method: str) -> None:
+    check(tmp_path, tiny_folder, rows, _flags(method), kills=20, seed=2)
+
+
+def _flags(method: str) -> list[str]:
+    if method in NEEDS_BITSANDBYTES:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return METHODS[method]
 
 
 def test_the_whole_program_stops_and_goes_on(tmp_path: Path, tiny_folder: Path, rows: Path) -> None:
-    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
-    assert children.finish(children.start(tune, tiny_folder, rows, unbroken, *WAYS["packed"])) == 0
-    child = children.start(tune, tiny_folder, rows, run, *WAYS["packed"])
+    moments, unbroken, run = Moments(), tmp_path / "unbroken", tmp_path / "run"
+    assert children.finish(children.start(tune, tiny_folder, rows, unbroken, moments, *WAYS["packed"])) == 0
+    child = children.start(tune, tiny_folder, rows, run, moments, *WAYS["packed"])
     children.wait_for(child, lambda: len(read_metrics(run / "metrics.jsonl")) >= 3)
     child.terminate()
     assert children.finish(child) == 143
     assert not (run / "results.json").exists()
-    assert children.finish(children.start(tune, tiny_folder, rows, run, *WAYS["packed"])) == 0
+    assert children.finish(children.start(tune, tiny_folder, rows, run, moments, *WAYS["packed"])) == 0
     assert outcome(run) == outcome(unbroken)

@@ -10,6 +10,9 @@ from finerank.errors import DataError
 
 EXTENSIONS = (".arrow", ".feather")
 
+_MOST_ROWS_PER_BYTE = 8
+"""A column needs a bit for a row; a batch that claims more has no columns, or one run of billions of nulls."""
+
 
 def read(path: Path) -> Rows:
     """The file's rows."""
@@ -21,6 +24,10 @@ def read(path: Path) -> Rows:
         with pyarrow.OSFile(str(path)) as source:
             for batch in _batches(source):
                 batch.validate(full=True)  # offsets that point outside would be followed
+                if batch.num_rows > _MOST_ROWS_PER_BYTE * batch.nbytes:
+                    raise DataError(
+                        f"{path} claims {batch.num_rows} rows in {batch.nbytes} bytes after row {number}; write it new."
+                    )
                 for start in range(0, batch.num_rows, 1024):
                     for row in batch.slice(start, 1024).to_pylist():
                         number += 1
