@@ -8,8 +8,11 @@ import torch
 from finerank.models import block_attention as blocks
 from finerank.models.attention import causal_mask, explicit_attention
 from finerank.models.block_attention import block_attention
+from finerank.models.spans import Span, make_spans, packed_mask, spans_of
 
 BORDERS = [0, 3, 4, 21, 29]  # lengths 3, 1, 17, 8
+SPANS = make_spans(BORDERS)
+TREE = make_spans([0, 6, 16, 19, 20, 37, 45, 50], [-1, 0, -1, 1, 0, 2, 1])  # prompts of 6, 6 + 10 and 3 tokens
 
 
 @pytest.fixture(autouse=True, params=[(4, 512), (4, 8), (8, 0), (128, 512)], ids=str)
@@ -40,7 +43,7 @@ def by_formula(q, k, v, borders, scaling, window=None):
 @pytest.mark.parametrize("heads, key_heads", [(4, 2), (3, 3), (4, 1)])
 def test_equals_the_formula_with_gradients(window, heads, key_heads):
     qkv = inputs(heads=heads, key_heads=key_heads)
-    got = block_attention(*qkv, BORDERS, scaling=0.3, window=window)
+    got = block_attention(*qkv, SPANS, scaling=0.3, window=window)
     want = by_formula(*qkv, BORDERS, 0.3, window)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     weight = torch.randn_like(want)
@@ -51,13 +54,15 @@ def test_equals_the_formula_with_gradients(window, heads, key_heads):
 def test_gradients_equal_numeric_ones():
     borders = [0, 2, 8]
     qkv = inputs(size=3, borders=borders)
-    assert torch.autograd.gradcheck(lambda q, k, v: block_attention(q, k, v, borders, scaling=0.5, window=4), qkv)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: block_attention(q, k, v, make_spans(borders), scaling=0.5, window=4), qkv
+    )
 
 
 def test_takes_the_strided_tensors_that_models_give():
     qkv = inputs()
     strided = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in qkv]
-    got, want = (block_attention(*x, BORDERS, scaling=0.3) for x in (strided, qkv))
+    got, want = (block_attention(*x, SPANS, scaling=0.3) for x in (strided, qkv))
     assert got.is_contiguous()
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     for g, w in zip(torch.autograd.grad(got.sum(), strided), torch.autograd.grad(want.sum(), qkv), strict=True):
@@ -71,7 +76,7 @@ def test_bf16_is_within_its_rounding():
     low = [x.detach().bfloat16().requires_grad_() for x in exact]
     exact = [x.detach().double().requires_grad_() for x in low]
     want = by_formula(*exact, BORDERS, 0.125)
-    got = block_attention(*low, BORDERS, scaling=0.125)
+    got = block_attention(*low, SPANS, scaling=0.125)
     weight = torch.randn_like(want).bfloat16()
     pairs = [(got, want)]
     pairs += zip(torch.autograd.grad(got, low, weight), torch.autograd.grad(want, exact, weight.double()), strict=True)
@@ -82,7 +87,7 @@ def test_bf16_is_within_its_rounding():
 def test_explicit_attention_agrees():
     q, k, v = (x[:, 4:21].float() for x in inputs())
     want = explicit_attention(q[None], k[None], v[None], causal_mask(17, 6, q.device), scaling=0.3)
-    got = block_attention(q, k, v, [0, 17], scaling=0.3, window=6)
+    got = block_attention(q, k, v, make_spans([0, 17]), scaling=0.3, window=6)
     torch.testing.assert_close(got.transpose(0, 1), want[0], rtol=1e-5, atol=1e-6)
 
 
@@ -96,9 +101,40 @@ def test_memory_kept_grows_with_tokens_not_with_their_square():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            block_attention(*inputs(torch.float32, borders=[0, length]), [0, length], scaling=0.3)
+            block_attention(*inputs(torch.float32, borders=[0, length]), make_spans([0, length]), scaling=0.3)
         return total / length
 
     limit = blocks.KEEP_PROBABILITIES_TO
     assert kept(2048) == kept(1024)
     assert kept(1024) <= kept(8) + 4 * max(limit, 512)
+
+
+def by_formula_of_a_tree(q, k, v, spans: list[Span], scaling, window=None):
+    """Each segment attends to a key sequence that is put together for it."""
+    out = []
+    for span in spans:
+        keys, values = (torch.cat([x[:, part] for part in (*span.before, span.own)], 1) for x in (k, v))
+        n = keys.shape[1]
+        whole = q.new_zeros(q.shape[0], n, q.shape[2])
+        whole[:, span.num_before :] = q[:, span.own]
+        out.append(by_formula(whole, keys, values, [0, n], scaling, window)[span.num_before :])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 9])
+def test_segments_that_continue_others_equal_the_formula_with_gradients(window):
+    qkv = inputs(borders=[0, 50])
+    got = block_attention(*qkv, TREE, scaling=0.3, window=window)
+    want = by_formula_of_a_tree(*qkv, TREE, 0.3, window)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    weight = torch.randn_like(want)
+    for g, w in zip(torch.autograd.grad(got, qkv, weight), torch.autograd.grad(want, qkv, weight), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+
+
+def test_spans_travel_as_a_mask():
+    mask = packed_mask(torch.tensor([0, 6, 16, 19]), torch.tensor([-1, 0, 1]))
+    assert mask.dtype == torch.int32 and mask.dim() == 4
+    assert spans_of(mask) == [Span(0, 6), Span(6, 16, (slice(0, 6),)), Span(16, 19, (slice(0, 6), slice(6, 16)))]
+    assert spans_of(packed_mask(torch.tensor([0, 3, 5]))) == [Span(0, 3), Span(3, 5)]
+    assert [span.length for span in TREE] == [6, 16, 3, 17, 23, 11, 21]

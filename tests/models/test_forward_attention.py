@@ -1,19 +1,22 @@
 """Packed batches compute what separate sequences compute, values and gradients, in every family."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
+from finerank.data.loader import packed_batch
 from finerank.errors import ModelError
 from finerank.models.attention import (
     attention_forward,
+    can_share_prompts,
     causal_mask,
     explicit_attention,
-    packed_mask,
     use_packed_attention,
 )
 from finerank.models.forward import loss_sum, verified_head
+from finerank.models.spans import packed_mask
 from tiny import FAMILIES, tiny_model
 
 LENGTHS = (5, 40, 1, 2, 33, 17)  # 40, 33 and 17 are beyond the tiny models' window of 16
@@ -112,6 +115,44 @@ def test_equals_separate_rows(family, lay_out):
     reference.get_output_embeddings().requires_grad_(False)
     want = separate_loss(reference, rows())
     got = loss_sum(model, **lay_out(rows()))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    if "moe" in family or family in ("mixtral", "gpt_oss"):
+        return  # a routing that flips at a tie makes gradients incomparable
+    assert_same_gradients(gradients(model, got), gradients(reference, want))
+
+
+def rows_with_prompts():
+    """Six rows that begin with the same 12 tokens, the last two of them with 14 more; their answers are trained."""
+    g = torch.Generator().manual_seed(1)
+    system, prompt, *rest = (torch.randint(3, 384, (n,), generator=g) for n in (12, 14, 5, 40, 2, 22, 9, 17))
+    ids = [torch.cat([system, *([prompt] if i >= 4 else []), own]) for i, own in enumerate(rest)]
+    targets = [torch.cat([i[1:], i[:1]]) for i in ids]
+    for i, target in enumerate(targets):
+        target[: 12 + (i >= 4) * 14] = -100
+    return list(zip(ids, targets, strict=True))
+
+
+def shared(rows):
+    ids, targets = ([x.numpy() for x in column] for column in zip(*rows, strict=True))
+    dataset = type("Rows", (), {})()
+    dataset.sequences = lambda i: [(ids[i], np.insert(targets[i][:-1], 0, -100))]
+    batch = packed_batch(dataset, range(len(rows)), share=True)
+    names = ("input_ids", "target_ids", "position_ids", "cu_seqlens", "parents")
+    return {name: getattr(batch, name) for name in names}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_shared_prompts_change_nothing(family):
+    reference, model = MODELS[family](), MODELS[family]()
+    use_packed_attention(model)
+    assert can_share_prompts(model)
+    rows = [(ids, torch.cat([targets[:-1], torch.tensor([-100])])) for ids, targets in rows_with_prompts()]
+    batch = shared(rows)
+    assert batch["parents"].tolist() == [-1, 0, 0, 0, 0, 0, 1, 1]
+    assert batch["input_ids"].numel() == sum(len(ids) for ids, _ in rows) - 5 * 12 - 14
+    for m in (reference, model):
+        m.get_output_embeddings().requires_grad_(False)
+    got, want = loss_sum(model, **batch), separate_loss(reference, rows)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     if "moe" in family or family in ("mixtral", "gpt_oss"):
         return  # a routing that flips at a tie makes gradients incomparable

@@ -6,7 +6,8 @@
 
 A plan holds no state: everything follows from (seed, epoch) and the step, so a run resumes at any step with exactly the
 rows it would have seen. Packed, the samples of a global batch fill as few token budgets as best-fit finds; padded, they
-are sorted by length first, so that little is padded.
+are sorted by length first, so that little is padded. With `share_prompts`, what sequences of a pack begin with is there
+once.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import torch
 from finerank.data.packing import best_fit
 from finerank.data.pairs import PairDataset
 from finerank.data.settings import BatchSettings, RowSettings
+from finerank.data.shared_prompts import Segment, common_prompt, share_prompts
 from finerank.data.tokens import TokenDataset
 from finerank.data.types import IGNORE_INDEX, Batch
 from finerank.errors import ConfigError
@@ -105,21 +107,36 @@ def heaviest_batch(dataset: Samples, settings: BatchSettings, num_rows: int, *, 
     return dataclasses.replace(batch, target_ids=batch.input_ids)
 
 
-def packed_batch(dataset: Samples, rows: Sequence[int]) -> Batch:
-    """Samples one after the other in one row, without attention between their sequences."""
+def packed_batch(dataset: Samples, rows: Sequence[int], *, share: bool = False) -> Batch:
+    """Samples one after the other in one row, without attention between their sequences.
+
+    With `share`, the prompts that several sequences begin with are there once; see `data.shared_prompts`.
+    """
     sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
-    lengths = [len(ids) for ids, _ in sequences]
-    input_ids = np.concatenate([ids for ids, _ in sequences]).astype(np.int64)
-    targets = np.concatenate([_shifted(labels) for _, labels in sequences])
-    positions = np.concatenate([np.arange(n) for n in lengths])
+    all_ids, all_targets = [ids for ids, _ in sequences], [_shifted(labels) for _, labels in sequences]
+    if share:
+        segments = share_prompts(all_ids, [_first_trained(targets) for targets in all_targets])
+    else:
+        segments = [Segment(i, 0, len(ids), -1) for i, ids in enumerate(all_ids)]
+    input_ids = np.concatenate([all_ids[s.sequence][s.start : s.end] for s in segments]).astype(np.int64)
+    targets = np.concatenate([all_targets[s.sequence][s.start : s.end] for s in segments])
+    positions = np.concatenate([np.arange(s.start, s.end) for s in segments])
+    cu_seqlens = np.cumsum([0] + [s.end - s.start for s in segments]).astype(np.int32)
+    parents = np.array([s.parent for s in segments], np.int32)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         target_ids=torch.from_numpy(targets)[None],
         position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        parents=torch.from_numpy(parents) if (parents >= 0).any() else None,
         rows=tuple(rows),
         reference=_reference(dataset, rows),
     )
+
+
+def _first_trained(targets: np.ndarray) -> int:
+    trained = np.flatnonzero(targets != IGNORE_INDEX)
+    return int(trained[0]) if len(trained) else len(targets)
 
 
 def padded_batch(dataset: Samples, rows: Sequence[int], *, length: int, pad_token_id: int) -> Batch:
@@ -152,8 +169,11 @@ def _micro_batches(dataset: Samples, rows: Sequence[int], settings: BatchSetting
     lengths, most = dataset.lengths, settings.micro_batch_size
     assert most != "auto"  # see `_check`
     if settings.pack:
-        packs = best_fit([int(lengths[row]) for row in rows], settings.micro_batch_tokens, most=most)
-        return [packed_batch(dataset, [rows[i] for i in pack]) for pack in packs]
+        share = bool(settings.share_prompts)
+        once = _common_prompt(dataset, rows) if share else 0
+        own = [int(lengths[row]) - once * len(dataset.sequences(row)) for row in rows]
+        packs = best_fit(own, settings.micro_batch_tokens - once, most=most)
+        return [packed_batch(dataset, [rows[i] for i in pack], share=share) for pack in packs]
     size = most or 1
     ordered = sorted(rows, key=lambda row: -int(lengths[row]))
     batches = []
@@ -162,6 +182,12 @@ def _micro_batches(dataset: Samples, rows: Sequence[int], settings: BatchSetting
         length = _padded_length(dataset, own, settings)
         batches.append(padded_batch(dataset, own, length=length, pad_token_id=pad_token_id))
     return batches
+
+
+def _common_prompt(dataset: Samples, rows: Sequence[int]) -> int:
+    """Tokens that all sequences begin with, none of them trained."""
+    sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
+    return common_prompt([ids for ids, _ in sequences], [_first_trained(_shifted(labels)) for _, labels in sequences])
 
 
 def _padded_length(dataset: Samples, rows: Sequence[int], settings: BatchSettings) -> int:

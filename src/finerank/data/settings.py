@@ -62,6 +62,11 @@ class BatchSettings:
     )
     micro_batch_tokens: int = setting(2048, help="token budget of a packed micro-batch; never below the longest sample")
     pack: bool = setting(True, help="pack samples without attention between them")
+    share_prompts: bool | None = setting(
+        None,
+        help="packs: compute once what several samples begin with (a system prompt, the prompt of a pair); "
+        "not given: on the CPU, where the model and the method allow it",
+    )
     variable_seq_lengths: bool = setting(
         True,
         help="padded batches: pad to the longest of the micro-batch, not to --seq-length",

@@ -65,6 +65,9 @@ class Batch:
     """int64 [B, T], restarting at 0 in each packed sequence"""
     cu_seqlens: torch.Tensor | None = None
     """int32 [S + 1] with 0 first and T last, for packed batches"""
+    parents: torch.Tensor | None = None
+    """int32 [S], for packed batches with shared prompts: the earlier segment that each one continues, or -1. Then a
+    sequence is a segment that none continues, with all that lies before it; see `data.shared_prompts`."""
     attention_mask: torch.Tensor | None = None
     """int64 [B, T], 1 for real tokens, for padded batches"""
     rows: tuple[int, ...] = field(default=())
@@ -80,8 +83,23 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return int(self.attention_mask.sum()) if self.attention_mask is not None else self.input_ids.numel()
+        """Tokens of the sequences: padding not counted, a shared prompt counted for each sequence that has it."""
+        if self.attention_mask is not None:
+            return int(self.attention_mask.sum())
+        if self.parents is None or self.cu_seqlens is None:
+            return self.input_ids.numel()
+        last_S = self.position_ids[0].cpu()[self.cu_seqlens[1:].cpu().long() - 1]
+        return int((last_S[self.is_sequence] + 1).sum())
+
+    @property
+    def is_sequence(self) -> torch.Tensor:
+        """bool [S], on the CPU: whether a packed segment is the end of a sequence, and not a prompt of several."""
+        assert self.cu_seqlens is not None
+        ends = torch.ones(len(self.cu_seqlens) - 1, dtype=torch.bool)
+        if self.parents is not None:
+            parents = self.parents.cpu()
+            ends[parents[parents >= 0].long()] = False
+        return ends
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""

@@ -1,11 +1,11 @@
 """Attention over packed sequences, registered through transformers' attention interface.
 
     use_packed_attention(model)
-    model.base_model(input_ids=ids, position_ids=positions, attention_mask=packed_mask(cu_seqlens))
+    model.base_model(input_ids=ids, position_ids=positions, attention_mask=spans.packed_mask(cu_seqlens))
 
 The borders of the packed sequences travel where an attention mask does: transformers hands a 4-dimensional mask through
-to every layer unchanged, so `packed_mask` is int32 [1, 1, 1, S + 1] and no mask of T x T is ever built. With any other
-mask (padding, a key-value cache) the layers compute as under `sdpa`, so the same model still generates.
+to every layer unchanged, so `packed_mask` is int32 [1, 1, 1 or 2, S + 1] and no mask of T x T is ever built. With any
+other mask (padding, a key-value cache) the layers compute as under `sdpa`, so the same model still generates.
 
 Sliding windows, soft-capped scores and attention sinks are computed too; what is not (chunked attention) is refused.
 
@@ -15,6 +15,7 @@ Shapes: T tokens of all sequences, t of one sequence, S sequences, H query heads
 import inspect
 import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,19 +28,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finerank.errors import ModelError
 from finerank.models.block_attention import block_attention
+from finerank.models.spans import Span, packed_mask, spans_of
 
 logger = logging.getLogger(__name__)
 
 NAME = "finerank"
-
-
-def packed_mask(cu_seqlens: Tensor) -> Tensor:
-    """The borders of packed sequences in the place of an attention mask; on the CPU, where they are read.
-
-    Args:
-        cu_seqlens: int32 [S + 1], 0 first and T last.
-    """
-    return cu_seqlens.to("cpu", torch.int32).view(1, 1, 1, -1)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -65,27 +58,55 @@ def _first_nonfinite(model: PreTrainedModel) -> str | None:
     return next((name for name, p in floating if not torch.isfinite(p).all()), None)
 
 
-@torch.no_grad()
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether a segment that continues another gives what the whole sequence gives; see `models.packed`.
+
+    `model` is one after `use_packed_attention`.
+    """
+    shared, first, second = [3, 5, 8, 13, 21], [7, 14, 21, 28], [9, 18, 27]
+    return _same_packed(
+        model,
+        [*shared, *first, *second],
+        [*range(5), *range(5, 9), *range(5, 8)],
+        packed_mask(torch.tensor([0, 5, 9, 12]), torch.tensor([-1, 0, 0])),
+        alone=[shared, [*shared, *first], [*shared, *second]],
+    )
+
+
 def _keeps_apart(model: PreTrainedModel) -> bool:
     """Two short sequences give the same hidden states packed as alone."""
-    decoder, device = model.base_model, model.device
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = (torch.arange(1, 12, device=device) * 7 % vocab_size)[None]
-    parts = (slice(0, 5), slice(5, 11))
-    positions = torch.cat([torch.arange(5), torch.arange(6)]).to(device)[None]
+    first, second = [7, 14, 21, 28, 35], [42, 49, 56, 63, 70, 77]
+    mask = packed_mask(torch.tensor([0, 5, 11]))
+    return _same_packed(model, [*first, *second], [*range(5), *range(6)], mask, alone=[first, second])
+
+
+@torch.no_grad()
+def _same_packed(
+    model: PreTrainedModel, ids: list[int], positions: list[int], mask: Tensor, *, alone: list[list[int]]
+) -> bool:
+    """Whether each segment of a pack has the hidden states that it has at the end of a sequence alone."""
+    decoder, vocab_size = model.base_model, model.config.get_text_config().vocab_size
+
+    def as_input(values: list[int], limit: int) -> Tensor:
+        return torch.tensor([[value % limit for value in values]], device=model.device)
+
     try:
         packed = decoder(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=packed_mask(torch.tensor([0, 5, 11])),
+            input_ids=as_input(ids, vocab_size),
+            position_ids=as_input(positions, len(ids)),
+            attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
         logger.debug("packed attention failed", exc_info=error)
         return False
-    alone = torch.cat([decoder(input_ids=ids[:, p], use_cache=False).last_hidden_state for p in parts], dim=1)
+    wanted = []
+    for own, span in zip(alone, spans_of(mask), strict=True):
+        hidden = decoder(input_ids=as_input(own, vocab_size), use_cache=False).last_hidden_state
+        wanted.append(hidden[:, span.num_before :])
+    expected = torch.cat(wanted, dim=1)
     # far below what attention to a neighbour would change, far above rounding
-    return bool((packed - alone).abs().max() <= 0.05 * alone.abs().max())
+    return bool((packed - expected).abs().max() <= 0.05 * expected.abs().max())
 
 
 def attention_forward(
@@ -127,38 +148,38 @@ def attention_forward(
             query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux
         )
         return out.transpose(1, 2).contiguous(), None
-    borders = attention_mask.flatten().tolist()
-    window = _window(module, sliding_window, longest=max(b - a for a, b in itertools.pairwise(borders)))
+    spans = spans_of(attention_mask)
+    window = _window(module, sliding_window, longest=max(span.length for span in spans))
     if dropout or softcap is not None or s_aux is not None:
         extras = {"dropout": dropout, "softcap": softcap, "sinks": s_aux}
-        return _explicit_by_sequence(query, key, value, borders, window, scaling=scaling, **extras), None
+        return _explicit_by_span(query, key, value, spans, window, scaling=scaling, **extras), None
     if query.device.type == "cpu":
-        out = block_attention(query[0], key[0], value[0], borders, scaling=scaling, window=window)
+        out = block_attention(query[0], key[0], value[0], spans, scaling=scaling, window=window)
         return out.unsqueeze(0), None
     if _has_varlen_kernel(query):
-        return _varlen_attention(query, key, value, borders, window, scaling=scaling), None
-    return _sdpa_by_sequence(query, key, value, borders, window, scaling=scaling), None
+        return _varlen_attention(query, key, value, spans, window, scaling=scaling), None
+    return _sdpa_by_span(query, key, value, spans, window, scaling=scaling), None
 
 
-def _explicit_by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: int | None, **options: Any
+def _explicit_by_span(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], window: int | None, **options: Any
 ) -> Tensor:
     """[1, T, H, K] by `explicit_attention`."""
     outputs = []
-    for start, end in itertools.pairwise(borders):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        outputs.append(explicit_attention(q, k, v, causal_mask(end - start, window, query.device), **options))
+    for span in spans:
+        q, k, v = query[:, :, span.own], span.seen(key, 2), span.seen(value, 2)
+        outputs.append(explicit_attention(q, k, v, _span_mask(span, window, query.device), **options))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _sdpa_by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: int | None, *, scaling: float
+def _sdpa_by_span(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], window: int | None, *, scaling: float
 ) -> Tensor:
-    """[1, T, H, K] by torch's attention on each sequence, for devices without a kernel for packed ones."""
+    """[1, T, H, K] by torch's attention on each segment, for devices without a kernel for packed ones."""
     outputs = []
-    for start, end in itertools.pairwise(borders):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        mask = None if window is None else causal_mask(end - start, window, query.device)
+    for span in spans:
+        q, k, v = query[:, :, span.own], span.seen(key, 2), span.seen(value, 2)
+        mask = None if window is None and not span.before else _span_mask(span, window, query.device)
         is_grouped = q.shape[1] != k.shape[1]
         outputs.append(
             F.scaled_dot_product_attention(
@@ -166,6 +187,10 @@ def _sdpa_by_sequence(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _span_mask(span: Span, window: int | None, device: torch.device) -> Tensor:
+    return causal_mask(span.length, window, device)[span.num_before :]
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
@@ -181,27 +206,32 @@ def _has_varlen_kernel(query: Tensor) -> bool:
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: int | None, *, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], window: int | None, *, scaling: float
 ) -> Tensor:
-    """[1, T, H, K] by torch's CUDA kernel for packed sequences."""
+    """[1, T, H, K] by torch's CUDA kernel for packed sequences, which takes the last query to see the last key."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    longest = max(b - a for a, b in itertools.pairwise(borders))
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32).pin_memory().to(query.device, non_blocking=True)
-    window_size = (-1 if window is None else window - 1, 0)
+    if any(span.before for span in spans):
+        key, value = (torch.cat([span.seen(x, 0) for span in spans]) for x in (key, value))
+    num_queries, num_keys = [span.end - span.start for span in spans], [span.length for span in spans]
     out = varlen_attn(
         query,
         key,
         value,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
+        _borders(num_queries, query.device),
+        _borders(num_keys, query.device),
+        max(num_queries),
+        max(num_keys),
         scale=scaling,
-        window_size=window_size,
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
+
+
+def _borders(lengths: Sequence[int], device: torch.device) -> Tensor:
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return borders.pin_memory().to(device, non_blocking=True)
 
 
 def _window(module: nn.Module, sliding_window: int | None, longest: int) -> int | None:

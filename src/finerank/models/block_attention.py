@@ -5,23 +5,24 @@ together it took 2.1 to 3.2 times as long as this one in bf16, and 1.2 to 1.6 ti
 tokens, 9 query and 3 key-value heads of 64, on two Zen 4 cores). Here
 
 - a block of queries meets only the keys that it may see, so little is computed to be masked;
-- query heads that share a key-value head are one matrix, and keys are never repeated;
+- query heads that share a key-value head are one matrix, and keys are repeated for no head;
 - probabilities are kept for backward, unless the sequence is so long that they would dominate the memory: then each
   block's are computed again.
 
 In bf16 the scores are rounded to bf16 before the softmax, as transformers' `eager` attention does.
 
-Shapes: T tokens of all sequences, t of one, H query heads, G key-value heads, K head size, n queries and u keys of a
-block, M = H / G * n.
+Shapes: T tokens of all segments, L tokens that a segment sees (its ancestors' and its own), H query heads, G key-value
+heads, K head size, n queries and u keys of a block, M = H / G * n.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from finerank.models.spans import Span
 
 QUERIES_PER_BLOCK = 128
 KEEP_PROBABILITIES_TO = 512
@@ -29,29 +30,31 @@ KEEP_PROBABILITIES_TO = 512
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], *, scaling: float, window: int | None = None
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], *, scaling: float, window: int | None = None
 ) -> Tensor:
     """Causal attention inside each sequence.
 
     Args:
         query: [H, T, K].
         key, value: [G, T, K].
-        borders: where sequences begin, and T; S + 1 numbers.
+        spans: the segments, which cover all T tokens.
         scaling: factor on the scores.
         window: tokens that a token sees, itself included; None for all.
 
     Returns:
         [T, H, K], contiguous.
     """
-    return _BlockAttention.apply(query * scaling, key, value, tuple(borders), window)
+    return _BlockAttention.apply(query * scaling, key, value, tuple(spans), window)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries `start:end` and the keys `first:end` that at least one of them sees."""
+    """Queries `start:end` of the batch, the first of them at position `at`, and the keys that at least one of them
+    sees, by their positions."""
 
     start: int
     end: int
+    at: int
     first: int
     keeps: bool
 
@@ -61,15 +64,15 @@ class _Block:
 
     @property
     def keys(self) -> slice:
-        return slice(self.first, self.end)
+        return slice(self.first, self.at + self.end - self.start)
 
 
-def _blocks(borders: Sequence[int], window: int | None) -> Iterator[_Block]:
-    for begin, stop in pairwise(borders):
-        for start in range(begin, stop, QUERIES_PER_BLOCK):
-            first = begin if window is None else max(begin, start - window + 1)
-            end = min(start + QUERIES_PER_BLOCK, stop)
-            yield _Block(start, end, first, stop - begin <= KEEP_PROBABILITIES_TO)
+def _blocks(span: Span, window: int | None) -> Iterator[_Block]:
+    for start in range(span.start, span.end, QUERIES_PER_BLOCK):
+        at = span.num_before + start - span.start
+        first = 0 if window is None else max(0, at - window + 1)
+        end = min(start + QUERIES_PER_BLOCK, span.end)
+        yield _Block(start, end, at, first, span.length <= KEEP_PROBABILITIES_TO)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -77,7 +80,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], window: int | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], window: int | None
     ) -> Tensor:
         mask = _Mask(query, window)
         out_THK = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
@@ -85,16 +88,18 @@ class _BlockAttention(torch.autograd.Function):
         query_GHTK = _by_key_head(query, key.shape[0])
         keep = any(ctx.needs_input_grad[:3])
         kept = []
-        for block in _blocks(borders, window):
-            q_GMK = query_GHTK[:, :, block.queries].flatten(1, 2)
-            p_GMu = _probabilities(q_GMK, key, block, mask)
-            out_GHTK[:, :, block.queries] = torch.bmm(p_GMu, value[:, block.keys]).view_as(
-                out_GHTK[:, :, block.queries]
-            )
-            if keep and block.keeps:
-                kept.append(p_GMu)
+        for span in spans:
+            key_GLK, value_GLK = span.seen(key, 1), span.seen(value, 1)
+            for block in _blocks(span, window):
+                q_GMK = query_GHTK[:, :, block.queries].flatten(1, 2)
+                p_GMu = _probabilities(q_GMK, key_GLK, block, mask)
+                out_GHTK[:, :, block.queries] = torch.bmm(p_GMu, value_GLK[:, block.keys]).view_as(
+                    out_GHTK[:, :, block.queries]
+                )
+                if keep and block.keeps:
+                    kept.append(p_GMu)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.borders, ctx.window = borders, window
+        ctx.spans, ctx.window = spans, window
         return out_THK
 
     @staticmethod
@@ -106,24 +111,47 @@ class _BlockAttention(torch.autograd.Function):
         dout_GHTK = _by_key_head(dout_THK.transpose(0, 1), key.shape[0])
         dquery, dkey, dvalue = (_empty_token_major(x) for x in (query, key, value))
         dquery_GHTK = _by_key_head(dquery, key.shape[0])
-        written = 0
-        for block in _blocks(ctx.borders, ctx.window):
-            q_GMK = query_GHTK[:, :, block.queries].flatten(1, 2)
-            dout_GMK = dout_GHTK[:, :, block.queries].flatten(1, 2)
-            p_GMu = next(probabilities) if block.keeps else _probabilities(q_GMK, key, block, mask)
-            dp_GMu = torch.bmm(dout_GMK, value[:, block.keys].transpose(1, 2))
-            ds_GMu = torch._softmax_backward_data(dp_GMu, p_GMu, -1, p_GMu.dtype)
-            dquery_GHTK[:, :, block.queries] = torch.bmm(ds_GMu, key[:, block.keys]).view_as(
-                dquery_GHTK[:, :, block.queries]
-            )
-            # Keys before `written` have gradients of earlier blocks of the sequence.
-            old, new = block.keys.start, max(block.keys.start, written)
-            for gradient, left_GMu, right_GMK in ((dkey, ds_GMu, q_GMK), (dvalue, p_GMu, dout_GMK)):
-                product_GuK = torch.bmm(left_GMu.transpose(1, 2), right_GMK)
-                gradient[:, old:new] += product_GuK[:, : new - old]
-                gradient[:, new : block.end] = product_GuK[:, new - old :]
-            written = block.end
+        for span in ctx.spans:
+            key_GLK, value_GLK = span.seen(key, 1), span.seen(value, 1)
+            gradients = _Gradient(dkey, span), _Gradient(dvalue, span)
+            for block in _blocks(span, ctx.window):
+                q_GMK = query_GHTK[:, :, block.queries].flatten(1, 2)
+                dout_GMK = dout_GHTK[:, :, block.queries].flatten(1, 2)
+                p_GMu = next(probabilities) if block.keeps else _probabilities(q_GMK, key_GLK, block, mask)
+                dp_GMu = torch.bmm(dout_GMK, value_GLK[:, block.keys].transpose(1, 2))
+                ds_GMu = torch._softmax_backward_data(dp_GMu, p_GMu, -1, p_GMu.dtype)
+                dquery_GHTK[:, :, block.queries] = torch.bmm(ds_GMu, key_GLK[:, block.keys]).view_as(
+                    dquery_GHTK[:, :, block.queries]
+                )
+                for gradient, left_GMu, right_GMK in zip(gradients, (ds_GMu, p_GMu), (q_GMK, dout_GMK), strict=True):
+                    gradient.add_(torch.bmm(left_GMu.transpose(1, 2), right_GMK), block)
         return dquery, dkey, dvalue, None, None
+
+
+class _Gradient:
+    """Where the gradients of the keys (or values) that a segment sees are summed, block by block.
+
+    A segment's own places get their first value from itself, for segments come before those that continue them.
+    """
+
+    def __init__(self, all_GTK: Tensor, span: Span):
+        self._before = [all_GTK[:, part] for part in span.before]
+        self._own, self._num_written = all_GTK[:, span.own], 0
+
+    def add_(self, product_GuK: Tensor, block: _Block) -> None:
+        """Add the gradients of `block.keys`."""
+        first, at = block.keys.start, 0
+        for part in self._before:
+            low, at = max(at, first) - at, at + part.shape[1]
+            if low < part.shape[1]:
+                begin = at - part.shape[1] + low - first
+                part[:, low:] += product_GuK[:, begin : begin + part.shape[1] - low]
+        old, stop = max(first, at) - at, block.keys.stop - at
+        new = max(old, self._num_written)
+        product_GuK = product_GuK[:, old + at - first :]
+        self._own[:, old:new] += product_GuK[:, : new - old]
+        self._own[:, new:stop] = product_GuK[:, new - old :]
+        self._num_written = stop
 
 
 def _by_key_head(x_HTK: Tensor, num_key_heads: int) -> Tensor:
@@ -136,8 +164,8 @@ def _empty_token_major(x_HTK: Tensor) -> Tensor:
     return x_HTK.new_empty(x_HTK.shape[1], x_HTK.shape[0], x_HTK.shape[2]).transpose(0, 1)
 
 
-def _probabilities(q_GMK: Tensor, key: Tensor, block: _Block, mask: "_Mask") -> Tensor:
-    scores_GMu = torch.bmm(q_GMK, key[:, block.keys].transpose(1, 2))
+def _probabilities(q_GMK: Tensor, key_GLK: Tensor, block: _Block, mask: "_Mask") -> Tensor:
+    scores_GMu = torch.bmm(q_GMK, key_GLK[:, block.keys].transpose(1, 2))
     mask.add_(scores_GMu, block)
     return torch.softmax(scores_GMu, dim=-1)
 
@@ -153,7 +181,8 @@ class _Mask:
     def add_(self, scores_GMu: Tensor, block: _Block) -> None:
         n = block.end - block.start
         scores = scores_GMu.unflatten(1, (-1, n))
-        scores[..., block.start - block.first :].add_(self.future_nn[:n, :n])
-        if self.window is not None and block.end - block.first > self.window:
-            distance = torch.arange(block.start, block.end)[:, None] - torch.arange(block.first, block.end)
+        scores[..., block.at - block.first :].add_(self.future_nn[:n, :n])
+        if self.window is not None and block.keys.stop - block.first > self.window:
+            positions = torch.arange(block.first, block.keys.stop)
+            distance = positions[block.at - block.first :, None] - positions
             scores.masked_fill_((distance >= self.window).to(scores.device), float("-inf"))

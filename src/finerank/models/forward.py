@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from finerank.errors import ModelError
-from finerank.models.attention import packed_mask
 from finerank.models.head import Head, cross_entropy_sum
+from finerank.models.spans import packed_mask
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def loss_sum(
     position_ids: Tensor,
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    parents: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy summed over the trained positions, fp32 scalar.
 
@@ -43,13 +44,14 @@ def loss_sum(
         input_ids: int64 [B, T].
         target_ids: int64 [B, T], the token to predict from each position (shifted already), -100 where not trained.
         position_ids: int64 [B, T], restarting in each packed sequence.
-        cu_seqlens: int32 [S + 1], borders of the packed sequences; then B = 1.
+        cu_seqlens: int32 [S + 1], borders of the packed segments; then B = 1.
         attention_mask: int64 [B, T], 1 for real tokens of a padded batch.
+        parents: int32 [S], which segment each one continues; see `models.spans`.
 
     Raises:
         ModelError: the model does not keep its decoder apart from its head.
     """
-    inputs = model_inputs(input_ids, position_ids, cu_seqlens, attention_mask)
+    inputs = model_inputs(input_ids, position_ids, cu_seqlens, attention_mask, parents)
     trained = (target_ids != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     targets = target_ids.flatten()[trained]
     head = verified_head(model)
@@ -60,12 +62,16 @@ def loss_sum(
 
 
 def model_inputs(
-    input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    attention_mask: Tensor | None,
+    parents: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a model or its decoder is called with; see `loss_sum`."""
     return {
         "input_ids": input_ids,
-        "attention_mask": attention_mask if cu_seqlens is None else packed_mask(cu_seqlens),
+        "attention_mask": attention_mask if cu_seqlens is None else packed_mask(cu_seqlens, parents),
         "position_ids": position_ids,
         "use_cache": False,
     }

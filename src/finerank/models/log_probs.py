@@ -74,12 +74,13 @@ def sequence_log_probs(
     position_ids: Tensor,
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    parents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the trained tokens of each sequence: their sum, fp32 [S], and how many they are, int64 [S].
 
-    Arguments as for `models.forward.loss_sum`. S counts the packed sequences, or the rows of a padded batch.
+    Arguments as for `models.forward.loss_sum`. S counts the packed segments, or the rows of a padded batch.
     """
-    inputs = model_inputs(input_ids, position_ids, cu_seqlens, attention_mask)
+    inputs = model_inputs(input_ids, position_ids, cu_seqlens, attention_mask, parents)
     is_trained = (target_ids != IGNORE_INDEX).flatten()
     trained_N = is_trained.nonzero().squeeze(1)
     target_N = target_ids.flatten()[trained_N]

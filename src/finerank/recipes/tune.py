@@ -78,6 +78,7 @@ def run(settings: Settings) -> int:
     from finerank.train.boundary_cache import start_boundary_cache
     from finerank.train.held_out import evaluate_loss
     from finerank.train.loop import TrainLoop
+    from finerank.train.sharing import choose_sharing
     from finerank.train.start import begin
     from finerank.train.state import use_deterministic_kernels
     from finerank.train.stop import run_lock
@@ -93,6 +94,7 @@ def run(settings: Settings) -> int:
             use_deterministic_kernels(loaded.model.device)
         if settings.pack:
             use_packed_attention(loaded.model)
+        settings = dataclasses.replace(settings, share_prompts=choose_sharing(settings, loaded.model))
         if settings.fused:
             fuse(loaded.model)
         checkpoint = _checkpoint(settings, folder)

@@ -62,6 +62,7 @@ def batch_loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
         batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
         attention_mask=batch.attention_mask,
+        parents=batch.parents,
     )
 
 

@@ -89,7 +89,7 @@ def _smaller(batch: Batch) -> str:
     b, t = batch.input_ids.shape
     same = "or let --micro-batch-size auto find the most that fits (the result stays the same)"
     if batch.cu_seqlens is not None and len(batch.cu_seqlens) > 2:
-        longest = int(batch.cu_seqlens.diff().max())
+        longest = int(batch.position_ids.max()) + 1
         return f"try --micro-batch-tokens {max(longest, t // 2)}, {same}"
     if b > 1:
         return f"try --micro-batch-size {b // 2}, {same}"

@@ -25,7 +25,7 @@ from finerank.files import replace_file
 from finerank.train.held_out import LossFunction
 from finerank.train.state import seed_everything
 
-_BATCH_TENSORS = ("input_ids", "target_ids", "position_ids", "cu_seqlens", "attention_mask", "reference")
+_BATCH_TENSORS = ("input_ids", "target_ids", "position_ids", "cu_seqlens", "parents", "attention_mask", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,11 @@ def pairs_of(model: Any, batch: Batch) -> Pairs:
         batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
         attention_mask=batch.attention_mask,
+        parents=batch.parents,
     )
+    if batch.parents is not None:  # shared prompts are segments, too, with nothing trained
+        own_S = batch.is_sequence.to(sums_S.device)
+        sums_S, counts_S = sums_S[own_S], counts_S[own_S]
     reference = batch.reference
     return Pairs(
         chosen=sums_S[0::2],
