@@ -1,6 +1,10 @@
 """LU-LoRA: rules against golden traces and autograd, and what the local layers owe the run around them."""
 
 import copy
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 
 from finerank import registry
 from finerank.adapters.files import load_adapter, save_adapter
+from finerank.adapters.initial import Pass
 from finerank.adapters.inject import AdapterSet, inject_adapters
 from finerank.adapters.local_rules import feedback, mindspeed, oja
 from finerank.adapters.lora import LoRALinear
@@ -17,6 +22,7 @@ from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
 from finerank.data.types import Batch
 from finerank.errors import AdapterError, ConfigError
+from finerank.models.forward import verified_head
 from finerank.train.held_out import batch_loss_sum
 from finerank.train.loop import TrainLoop
 from finerank.train.settings import TrainSettings
@@ -36,14 +42,22 @@ def batch_first(x_SBI: Tensor) -> Tensor:
 
 
 def make(
-    rule: str = "feedback", last: int = 1, *, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any
+    rule: str = "feedback",
+    last: int = 1,
+    *,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    passes: Any = None,
+    **settings: Any,
 ) -> tuple[nn.Module, AdapterSet, LocalLearning]:
     model = tiny_model(family, num_hidden_layers=NUM_LAYERS).to(dtype).requires_grad_(False)
     chosen = AdapterSettings(
         **{"lora_r": 4, "lu_lora_final_layer_index": last, "lu_lora_rule": rule, **settings}  # type: ignore[arg-type]
     )
     adapters = inject_adapters(model, chosen, seed=1)
-    local = start_local_learning(adapters, chosen, lr=1e-2, seed=1)
+    local = start_local_learning(
+        adapters, chosen, lr=1e-2, seed=1, passes=None if passes is None else lambda: passes(model)
+    )
     assert local is not None
     return model, adapters, local
 
@@ -60,6 +74,13 @@ def batch(seed: int, *, rows: int = 2, length: int = 12) -> Batch:
         attention_mask=torch.ones_like(ids),
         rows=tuple(range(rows)),
     )
+
+
+def passes_of(model: nn.Module, *batches: Batch) -> Iterator[Pass]:
+    verified_head(model)
+    for one in itertools.cycle(batches):
+        mask = one.attention_mask.bool()
+        yield Pass(trained_BT=mask, run=lambda one=one: batch_loss_sum(model, one), real_BT=mask)
 
 
 def backward(model: nn.Module, *batches: Batch) -> None:
@@ -139,7 +160,7 @@ class TestFeedback:
                 args[0].register_hook(lambda g: errors.append(g.clone()))
 
         model.model.layers[2].register_forward_pre_hook(watch_error)
-        local.begin_step(feedback.PCA_STEPS)
+        local.begin_step(0)
         wanted = {name: torch.zeros_like(layer.lora_B) for name, layer in local_layers(adapters).items()}
         for one in (batch(0), batch(1, rows=1)):
             backward(model, one)
@@ -154,9 +175,9 @@ class TestFeedback:
 
     def test_last_local_down_proj_gets_the_true_gradient(self):
         """Nothing lies between it and the boundary, so broadcast and backpropagation agree."""
-        model, adapters, local = make(last=2)
+        model, adapters, local = make(last=2, lu_lora_r=4)
         name = "model.layers.2.mlp.down_proj"
-        local.begin_step(feedback.PCA_STEPS)
+        local.begin_step(0)
         backward(model, batch(0), batch(1))
         plain = tiny_model("llama", num_hidden_layers=NUM_LAYERS).requires_grad_(False)
         full = inject_adapters(plain, AdapterSettings(lora_r=4), seed=1)
@@ -168,7 +189,7 @@ class TestFeedback:
 
     def test_upper_gradients_are_those_of_lora(self):
         model, adapters, local = make()
-        local.begin_step(feedback.PCA_STEPS)
+        local.begin_step(0)
         backward(model, batch(0))
         plain = tiny_model("llama", num_hidden_layers=NUM_LAYERS).requires_grad_(False)
         full = inject_adapters(plain, AdapterSettings(lora_r=4), seed=1)
@@ -179,29 +200,57 @@ class TestFeedback:
             torch.testing.assert_close(adapters.layers[name].lora_B.grad, full.layers[name].lora_B.grad)
 
     def test_A_becomes_the_leading_components(self):
-        model, adapters, local = make(lu_lora_r=8)
-        seen: list[Tensor] = []
-        name = "model.layers.0.mlp.down_proj"
-        layer = adapters.layers[name]
-        upper = adapters.layers["model.layers.3.mlp.down_proj"]
+        """Of the first rows' inputs, padding left out; B and all that is above stay as they are."""
+        first = batch(0, rows=8, length=64)
+        padded = dataclasses.replace(first, attention_mask=first.attention_mask.clone())
+        padded.attention_mask[::2, 40:] = 0
+        name = "model.layers.1.mlp.down_proj"
+        model, adapters, _ = make(lu_lora_r=8, passes=lambda model: passes_of(model, padded))
+        layer, upper = adapters.layers[name], adapters.layers["model.layers.3.mlp.down_proj"]
         assert (layer.rank, upper.rank) == (8, 4) and layer.scale == upper.scale == 8.0
-        layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)) and None)
-        for step in range(feedback.PCA_STEPS):
-            seen.clear()
-            local.begin_step(step)
-            backward(model, batch(0, rows=4), batch(1, rows=4))
-            local.apply_local_update(lr_factor=1.0)
-            assert not layer.lora_B.any() and layer.lora_B.grad is None
-        x = torch.cat(seen)
+        seen: list[Tensor] = []
+        layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]) and None)
+        with torch.no_grad():
+            batch_loss_sum(model.eval(), padded)
+        x = seen[-1][padded.attention_mask.bool()]
         a = layer.lora_A.detach()
         torch.testing.assert_close(a @ a.T, torch.eye(8), rtol=0, atol=1e-5)
         best = torch.linalg.svdvals(x)[:8].square().sum()
-        assert (x @ a.T).square().sum() > 0.97 * best
-        before = a.clone()
-        local.begin_step(feedback.PCA_STEPS)
-        backward(model, batch(2))
-        local.apply_local_update(lr_factor=1.0)
-        torch.testing.assert_close(layer.lora_A.detach(), before, rtol=0, atol=0)
+        assert (x @ a.T).square().sum() > 0.9 * best
+        plain = make(lu_lora_r=8)[1]
+        for other, p in plain.named_parameters():
+            is_local_A = other.endswith("lora_A.weight") and other.split("layers.")[1][0] in "01"
+            assert torch.equal(dict(adapters.named_parameters())[other], p) != is_local_A, other
+
+    def test_the_pass_for_A_ends_at_the_boundary_and_keeps_nothing(self):
+        model = tiny_model("llama", num_hidden_layers=NUM_LAYERS).requires_grad_(False)
+        settings = AdapterSettings(lora_r=4, lu_lora_r=8, lu_lora_final_layer_index=1)
+        adapters = inject_adapters(model, settings, seed=1)
+        verified_head(model)
+        called = Counter[int]()
+        for i, decoder_layer in enumerate(model.model.layers):
+            decoder_layer.register_forward_hook(
+                lambda m, _i, out, i=i: called.update({i: 1 + 100 * (out[0].requires_grad or m.training)})  # type: ignore
+            )
+        model.train()
+        passes = passes_of(model, batch(0, rows=2, length=64))
+        local = start_local_learning(adapters, settings, lr=1e-2, seed=1, passes=lambda: passes)
+        assert local is not None and model.training
+        assert called == dict.fromkeys((0, 1), feedback.MIN_TOKENS_PER_COMPONENT * 8 // 128)
+        local.begin_step(0)
+        backward(model, batch(0))
+        assert called[2] > 0
+
+    def test_own_rank_is_bounded_by_the_linear_and_yields_to_patterns(self):
+        """The default of 64 is more than these linears have; a pattern of the user's goes before, with its scale."""
+        _, adapters, _ = make()
+        hidden = adapters.model.config.hidden_size
+        assert {layer.rank for layer in local_layers(adapters).values()} == {min(64, hidden)}
+        assert {layer.scale for layer in adapters.layers.values()} == {8.0}
+        _, adapters, _ = make(lora_rank_pattern={"down_proj": 2})
+        for name, layer in local_layers(adapters).items():
+            down = name.endswith("down_proj")
+            assert (layer.rank, layer.scale) == ((2, 16.0) if down else (min(64, hidden), 8.0)), name
 
     def test_backward_passes_may_come_later(self):
         """As in a pipeline: two forward passes, then the two backward passes in the other order."""
@@ -209,7 +258,7 @@ class TestFeedback:
         for late in (False, True):
             model, adapters, local = make()
             model.train()
-            local.begin_step(feedback.PCA_STEPS)
+            local.begin_step(0)
             if late:
                 losses = [batch_loss_sum(model, batch(i, rows=i + 1)) for i in range(2)]
                 losses[1].backward()
@@ -228,7 +277,7 @@ def test_no_graph_below_the_boundary(rule: str, family: str):
     outputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, _i, out, name=name: outputs.__setitem__(name, out))
-    local.begin_step(feedback.PCA_STEPS)
+    local.begin_step(0)
     backward(model, batch(0))
     for name, out in outputs.items():
         index = next((int(p) for p in name.split(".") if p.isdigit()), None)
@@ -245,7 +294,7 @@ def test_no_graph_below_the_boundary(rule: str, family: str):
 @pytest.mark.parametrize("rule", ["feedback", "mindspeed", "oja"])
 def test_only_training_passes_teach(rule: str):
     model, adapters, local = make(rule)
-    local.begin_step(feedback.PCA_STEPS)
+    local.begin_step(0)
     model.eval()
     before = {n: p.detach().clone() for n, p in adapters.named_parameters()}
     with torch.no_grad():
@@ -260,12 +309,12 @@ def test_only_training_passes_teach(rule: str):
 
 def test_an_abandoned_step_leaves_nothing():
     model, adapters, local = make()
-    local.begin_step(feedback.PCA_STEPS)
+    local.begin_step(0)
     backward(model, batch(5), batch(6))
-    local.begin_step(feedback.PCA_STEPS)
+    local.begin_step(0)
     backward(model, batch(7))
     alone_model, alone, other = make()
-    other.begin_step(feedback.PCA_STEPS)
+    other.begin_step(0)
     backward(alone_model, batch(7))
     for name in local_layers(adapters):
         assert torch.equal(adapters.layers[name].lora_B.grad, alone.layers[name].lora_B.grad)
@@ -282,7 +331,8 @@ class _Plan:
 
 
 def run_loop(folder: Path, rule: str, *, stop_at: int | None = None, resume: Any = None, **lu: Any) -> TrainLoop:
-    model, adapters, local = make(rule, **lu)
+    start = None if resume is not None else lambda model: passes_of(model, *(batch(i, rows=1) for i in range(6)))
+    model, adapters, local = make(rule, passes=start, **lu)
     settings = TrainSettings(lr=1e-2, log_interval=10**6, save_interval=3, save_interval_minutes=0)  # type: ignore[call-arg]
     plan = _Plan()
     if stop_at is not None:
@@ -332,7 +382,7 @@ def test_local_B_learns_with_its_own_rate(tmp_path: Path):
 
 
 def test_freeze_after_stops_local_learning_only(tmp_path: Path):
-    n = feedback.PCA_STEPS + 2
+    n = 2
     model, adapters, local = make(lu_lora_freeze_after=n)
     for step, learns in ((n - 1, True), (n, False)):
         local.begin_step(step)
@@ -414,6 +464,7 @@ def test_choices_are_the_rules_in_the_folder():
             "nothing would be backpropagated",
         ),
         ({"lu_lora_final_layer_index": 1, "lu_lora_r": 0}, ConfigError, "--lu-lora-r is 0"),
+        ({"lu_lora_final_layer_index": 1, "lu_lora_r": 999}, ConfigError, "input features to find components of"),
         ({"lu_lora_final_layer_index": 1, "lu_lora_lr_ratio": -1.0}, ConfigError, "--lu-lora-lr-ratio must be"),
         ({"lu_lora_final_layer_index": 1, "lora_target_modules": ["embed_tokens"]}, ConfigError, "embed_tokens"),
     ],

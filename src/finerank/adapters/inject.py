@@ -23,7 +23,7 @@ from finerank.adapters.adapter_set import FILE_PREFIX, AdapterSet, put_module
 from finerank.adapters.dora import add_magnitude
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
-from finerank.adapters.lu_lora import local_targets
+from finerank.adapters.lu_lora import local_patterns, local_targets
 from finerank.adapters.new_tokens import peft_token_indices
 from finerank.adapters.parts import choose, place_parts
 from finerank.adapters.saved_modules import peft_modules_to_save
@@ -63,12 +63,12 @@ def inject_adapters(
     chosen = choose(model, find_targets(model, settings.lora_target_modules), settings, token_ids=token_ids)
     linears, local_ranks = local_targets(model, [t for t in chosen.targets if t.kind == "linear"], settings)
     targets = [*linears, *(t for t in chosen.targets if t.kind != "linear")]
-    ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern") | local_ranks
+    ranks = expand_patterns(settings.lora_rank_pattern, targets, flag="--lora-rank-pattern")
     alphas = expand_patterns(settings.lora_alpha_pattern, targets, flag="--lora-alpha-pattern")
-    # the local layers' own rank shall not change their scale
-    grown = (settings.lu_lora_r or settings.lora_r) / settings.lora_r
-    local_alpha = settings.lora_alpha * (math.sqrt(grown) if settings.use_rslora else grown)
-    alphas = dict(alphas) | dict.fromkeys(local_ranks, local_alpha)
+    own_ranks, own_alphas = local_patterns(
+        local_ranks, ranks, r=settings.lora_r, alpha=settings.lora_alpha, use_rslora=settings.use_rslora
+    )
+    ranks, alphas = ranks | own_ranks, alphas | own_alphas
     modules = dict(model.named_modules())
     _warn_of_fused_experts(modules, settings)
     config = new_config(

@@ -1,7 +1,7 @@
 """LU-LoRA: the adapters of the lower layers learn by a local rule, without backpropagation.
 
     adapters = inject_adapters(model, settings, seed=1234)                     # --lu-lora-final-layer-index K
-    local = start_local_learning(adapters, settings, lr=2e-4, seed=1234)
+    local = start_local_learning(adapters, settings, lr=2e-4, seed=1234, passes=...)
     local.begin_step(step); ...forward and backward of the micro-batches...; optimizer.step()
     local.apply_local_update(lr_factor=1.0)
 
@@ -9,14 +9,17 @@ Layers 0 to K are local. Their adapters run without a graph, so no activation is
 K + 1. `forward` only gathers what the rule needs; it never learns. A rule that asks for the error gets the gradient of
 the hidden state that leaves layer K, taken on the backward pass of each micro-batch. Evaluation gathers nothing.
 
-Rules are in `adapters/local_rules`. All that they learn is in the factors (fp32), so checkpoints need
-nothing else.
+Rules are in `adapters/local_rules`. All that they learn is in the factors (fp32), so checkpoints need nothing else. A
+rule may look at the run's first rows before it starts (`passes`); the forward passes for that end at layer K.
 """
 
+import contextlib
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finerank import registry
+from finerank.adapters.initial import Pass
 from finerank.adapters.local_rules._rule import LocalRule
 from finerank.adapters.lora import LoRALinear
 from finerank.adapters.low_rank import weight_OI
@@ -44,7 +48,7 @@ DEFAULT_LR = 1.25e-6
 def local_targets(
     model: nn.Module, targets: Sequence[Target], settings: LocalSettings
 ) -> tuple[list[Target], dict[str, int]]:
-    """The targets that get an adapter, and the rank pattern of the local ones.
+    """The targets that get an adapter, and the ranks of the local ones that have one of their own, by name.
 
     Under rules that reach only some linears (feedback, frozen) the others of the local layers are left out.
 
@@ -71,11 +75,40 @@ def local_targets(
             f"--lora-target-modules has no linear of layers 0 to {last} that --lu-lora-rule {settings.lu_lora_rule} "
             f"can teach; add {wanted}, or use --lu-lora-rule frozen."
         )
-    if settings.lu_lora_r is None or not local:
-        return kept, {}
-    if settings.lu_lora_r < 1:
-        raise ConfigError(f"--lu-lora-r is {settings.lu_lora_r}; a rank must be at least 1, e.g. 64.")
-    return kept, {re.escape(t.name): settings.lu_lora_r for t in local}
+    return kept, {t.name: rank for t in local if (rank := _local_rank(model, t.name, settings)) is not None}
+
+
+def _local_rank(model: nn.Module, name: str, settings: LocalSettings) -> int | None:
+    """The rank of a local linear's adapter; None: as the others."""
+    num_out, num_in = weight_OI(_base_of(model, name)).shape
+    rank, rule = settings.lu_lora_r, _rule_class(settings)
+    if rank is None:
+        return None if rule.default_rank is None else min(rule.default_rank, num_out, num_in)
+    if rank < 1:
+        raise ConfigError(f"--lu-lora-r is {rank}; a rank must be at least 1, e.g. 64.")
+    if rank > num_in and rule.default_rank is not None:
+        raise ConfigError(
+            f"--lu-lora-r is {rank}, and {name} has only {num_in} input features to find components of; lower it."
+        )
+    return rank
+
+
+def local_patterns(
+    local_ranks: Mapping[str, int], given: Mapping[str, float], *, r: int, alpha: float, use_rslora: bool
+) -> tuple[dict[str, int], dict[str, float]]:
+    """The rank and alpha patterns of local adapters: ranks of their own do not change their scale.
+
+    Args:
+        local_ranks: by name, as `local_targets` gives them.
+        given: the user's rank patterns, which go before.
+        r, alpha, use_rslora: of the other adapters.
+    """
+    ranks = {
+        re.escape(name): rank
+        for name, rank in local_ranks.items()
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for pattern in given)
+    }
+    return ranks, {p: alpha * (math.sqrt(rank / r) if use_rslora else rank / r) for p, rank in ranks.items()}
 
 
 def _refuse_without_effect(settings: LocalSettings) -> None:
@@ -133,9 +166,12 @@ def _can_learn(model: nn.Module, name: str, settings: LocalSettings) -> bool:
     if not _rule_class(settings).only_into_residual:
         return True
     hidden_size = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    return name.rpartition(".")[2] in _INTO_RESIDUAL and weight_OI(_base_of(model, name)).shape[0] == hidden_size
+
+
+def _base_of(model: nn.Module, name: str) -> nn.Module:
     module = model.get_submodule(name)
-    base = module.base_layer if isinstance(module, LoRALinear) else module
-    return name.rpartition(".")[2] in _INTO_RESIDUAL and weight_OI(base).shape[0] == hidden_size
+    return module.base_layer if isinstance(module, LoRALinear) else module
 
 
 class LocalLearning:
@@ -219,7 +255,12 @@ class LocalLearning:
 
 
 def start_local_learning(
-    adapters: "AdapterSet", settings: LocalSettings, *, lr: float, seed: int
+    adapters: "AdapterSet",
+    settings: LocalSettings,
+    *,
+    lr: float,
+    seed: int,
+    passes: Callable[[], Iterator[Pass]] | None = None,
 ) -> LocalLearning | None:
     """Make layers 0 to K of an adapted model local; None without `--lu-lora-final-layer-index`.
 
@@ -228,6 +269,8 @@ def start_local_learning(
         settings: K, rule, learning rates.
         lr: the run's peak learning rate.
         seed: of a fresh `lora_B` under rules that cannot start from zero.
+        passes: begins the training rows, without end, for rules whose fresh factors start from the data; None leaves
+            the factors as they are, e.g. for a checkpoint's to come.
 
     Raises:
         ConfigError, AdapterError: as `local_targets`.
@@ -265,6 +308,8 @@ def start_local_learning(
     decoder[last].register_forward_hook(learning.at_boundary)
     for layer in taught if rule.learns_by_optimizer else ():
         adapters.lr_ratios[layer.lora_B] = learning.lr_b / lr if lr else 0.0
+    if passes is not None:
+        _start_from_data(adapters.model, learning, passes())
     logger.info(
         "LU-LoRA: layers 0 to %d of %d are local, %d linears learn by the %s rule",
         last,
@@ -273,6 +318,35 @@ def start_local_learning(
         settings.lu_lora_rule,
     )
     return learning
+
+
+class _Enough(Exception):
+    """The local layers have been passed."""
+
+
+def _start_from_data(model: nn.Module, learning: LocalLearning, passes: Iterator[Pass]) -> None:
+    """Show the first rows to the rule: forward through layers 0 to K only, nothing kept for a backward pass."""
+
+    def stop(*_args: Any) -> None:
+        raise _Enough
+
+    def up_to_boundary(one: Pass) -> Pass:
+        def run() -> None:
+            handle = learning.layers[-1].register_forward_hook(stop)
+            try:
+                with contextlib.suppress(_Enough):
+                    one.run()
+            finally:
+                handle.remove()
+
+        return replace(one, run=run)
+
+    was_training = model.training
+    model.eval()
+    try:
+        learning.rule.start(up_to_boundary(one) for one in passes)
+    finally:
+        model.train(was_training)
 
 
 def _check_values(settings: LocalSettings) -> None:

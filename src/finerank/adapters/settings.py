@@ -15,12 +15,14 @@ class LocalSettings:
         choices=("feedback", "mindspeed", "oja", "frozen"),
         help="LU-LoRA: how local layers learn; frozen gives them no adapter",
     )
-    lu_lora_r: int | None = setting(None, help="LU-LoRA: rank of the local adapters; default: as the others")
+    lu_lora_r: int | None = setting(
+        None, help="LU-LoRA: rank of the local adapters; default: 64 under the feedback rule, else as the others"
+    )
     lu_lora_lr: float | None = setting(
         None, help="LU-LoRA: learning rate of lora_A; default 1.25e-6, or --lr under the feedback rule"
     )
     lu_lora_lr_ratio: float | None = setting(
-        None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 0.75 under the feedback rule"
+        None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 3 under the feedback rule"
     )
     lu_lora_freeze_after: int | None = setting(None, help="LU-LoRA: steps after which the local layers stop learning")
     cache_boundary: bool = setting(

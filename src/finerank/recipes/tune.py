@@ -66,7 +66,6 @@ def run(settings: Settings) -> int:
     set_threads(settings.threads)
     from finerank.adapters.files import adapter_files
     from finerank.adapters.lora_plus import speed_up_B
-    from finerank.adapters.lu_lora import start_local_learning
     from finerank.checkpoints.native import tidy_after_kill
     from finerank.data.dataset import load_splits
     from finerank.data.loader import BatchPlan
@@ -79,7 +78,7 @@ def run(settings: Settings) -> int:
     from finerank.train.held_out import evaluate_loss
     from finerank.train.loop import TrainLoop
     from finerank.train.sharing import choose_sharing
-    from finerank.train.start import begin
+    from finerank.train.start import begin, begin_local
     from finerank.train.state import use_deterministic_kernels
     from finerank.train.stop import run_lock
 
@@ -110,7 +109,7 @@ def run(settings: Settings) -> int:
             settings = _with_found_split(settings, loaded, splits, checkpoint)
         plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
         begin(adapters, settings, plan, checkpoint, seed=settings.seed)
-        local = start_local_learning(adapters, settings, lr=settings.lr, seed=settings.seed)
+        local = begin_local(adapters, settings, plan, checkpoint, lr=settings.lr)
         speed_up_B(adapters, settings.loraplus_lr_ratio)
         loop = TrainLoop(
             loaded.model,

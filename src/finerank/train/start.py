@@ -9,9 +9,11 @@ from torch import Tensor
 
 from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.initial import Pass, shape_adapters, start_adapters
+from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints.native import Checkpoint
 from finerank.data.types import IGNORE_INDEX, Batch
+from finerank.models.forward import verified_head
 from finerank.train.held_out import batch_loss_sum
 
 if TYPE_CHECKING:
@@ -37,13 +39,30 @@ def begin(
     start_adapters(adapters, settings, seed=seed, passes=lambda: forward_passes(adapters.model, plan))  # type: ignore[arg-type]
 
 
+def begin_local(
+    adapters: AdapterSet, settings: AdapterSettings, plan: "BatchPlan", checkpoint: Checkpoint | None, *, lr: float
+) -> LocalLearning | None:
+    """Local learning of a new or a resumed run; only a new one's fresh factors start from the rows.
+
+    Raises ConfigError, AdapterError: see `start_local_learning`.
+    """
+    is_fresh = checkpoint is None and settings.lora_load is None
+    passes = (lambda: forward_passes(adapters.model, plan)) if is_fresh else None  # type: ignore[arg-type]
+    return start_local_learning(adapters, settings, lr=lr, seed=plan.seed, passes=passes)
+
+
 def forward_passes(model: "PreTrainedModel", plan: "BatchPlan") -> Iterator[Pass]:
     """The run's micro-batches, over and over."""
+    verified_head(model)  # or else the first pass would begin with its trial
     device = next(model.parameters()).device
     for step in itertools.cycle(range(plan.num_steps)):
         for batch in plan.micro_batches(step):
             on_device = batch.to(device)
-            yield Pass(trained_BT=trained_tokens(on_device), run=lambda b=on_device: batch_loss_sum(model, b))  # type: ignore[misc]
+            yield Pass(
+                trained_BT=trained_tokens(on_device),
+                run=lambda b=on_device: batch_loss_sum(model, b),  # type: ignore[misc]
+                real_BT=None if on_device.attention_mask is None else on_device.attention_mask.bool(),
+            )
 
 
 def trained_tokens(batch: Batch) -> Tensor:

@@ -35,6 +35,8 @@ class Pass:
     trained_BT: "Tensor"
     """bool [B, T]: the tokens that are trained."""
     run: Callable[[], Any]
+    real_BT: "Tensor | None" = None
+    """bool [B, T]: the tokens that are no padding; None for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,13 @@ Shapes: B rows, T tokens, N = B * T, I in_features, O out_features, R rank, D hi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from finerank.adapters.initial import Pass
 from finerank.adapters.lora import LoRALinear
 
 
@@ -28,11 +29,16 @@ class LocalRule(ABC):
     """Whether only linears that write into the residual stream can learn (o_proj, down_proj)."""
     default_ratio: ClassVar[float] = 24.0
     """Learning rate of `lora_B` over that of `lora_A`."""
+    default_rank: ClassVar[int | None] = None
+    """Rank of the local adapters where none is given, as far as a linear has so many features; None: as the others."""
     start_std: ClassVar[float] = 0.0
     """Standard deviation of a fresh `lora_B`; rules without an error cannot leave zero."""
 
     def __init__(self, layers: Iterable[LoRALinear]):
         self.layers = list(layers)
+
+    def start(self, passes: Iterator[Pass]) -> None:  # noqa: B027 (optional)
+        """Let fresh factors start from the run's first rows. `passes` has no end; each ends above the local layers."""
 
     @abstractmethod
     def begin_step(self, step: int) -> None:

@@ -8,23 +8,29 @@ that writes into the stream (o_proj, down_proj):
     dB = g^T u               the gradient of B if the layers between were the identity
     B by the run's AdamW     summed over micro-batches, clipped with the rest
 
-A is set by the data: for the first `PCA_STEPS` steps it follows the leading components of its inputs by block power
-iteration, `A <- orthonormal rows of sum(A x x^T)` (Oja's subspace rule with the largest step), while B stays zero.
+A is set by the data and fixed: before the first step, the run's first rows pass through the local layers, and the
+leading components of each linear's inputs become its A (orthonormal rows). Checkpoints hold A, so a resumed run has no
+such pass. What a random A wins back is much less; see docs/methods/lu_lora.md.
 
 The other linears of the local layers have no adapter under this rule: nothing tells them their error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from finerank.adapters.initial import Pass
+from finerank.adapters.local_rules._components import InputSketch
 from finerank.adapters.local_rules._rule import LocalRule
 from finerank.adapters.lora import LoRALinear
 from finerank.errors import AdapterError
 
-PCA_STEPS = 3
-"""Steps in which A is found."""
+MIN_TOKENS_PER_COMPONENT = 128
+"""Tokens that A is made of, for each of its rows."""
+MIN_PASSES = 4
+"""Micro-batches, so that a single long row does not decide."""
 
 
 class RULE(LocalRule):
@@ -33,26 +39,35 @@ class RULE(LocalRule):
     needs_error = True
     learns_by_optimizer = True
     only_into_residual = True
-    default_ratio = 0.75  # with alpha = 2 r, 3 is worse than frozen layers; see docs/methods/lu_lora.md
+    default_rank = 64
+    default_ratio = 3.0
+
+    @torch.no_grad()
+    def start(self, passes: Iterator[Pass]) -> None:
+        """Set each A to the leading components of its linear's inputs; one that nothing passes through stays random."""
+        sketches = {
+            layer: InputSketch(layer.rank, layer.in_features, device=layer.lora_A.device) for layer in self.layers
+        }
+        num_needed = MIN_TOKENS_PER_COMPONENT * max((layer.rank for layer in self.layers), default=0)
+        num_tokens = num_passes = 0
+        while num_passes < MIN_PASSES or num_tokens < num_needed:
+            one = next(passes)
+            _look(one, sketches)
+            num_tokens += one.trained_BT.numel() if one.real_BT is None else int(one.real_BT.sum())
+            num_passes += 1
+        for layer, sketch in sketches.items():
+            if sketch.num_tokens:
+                layer.lora_A.copy_(sketch.components())
 
     def begin_step(self, step: int) -> None:
-        """Start new sums."""
-        self.finds_components = step < PCA_STEPS
-        self.sums: dict[nn.Parameter, Tensor] = {}
+        """Forget the gradients of a step that was not finished."""
         self.signals: dict[LoRALinear, Tensor] = {}
         for layer in self.layers:
             layer.lora_B.grad = None
 
     def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
-        """While A is sought, its inputs' products; afterwards u."""
-        if not self.finds_components:
-            self.signals[layer] = u_BTR
-            return
-        product_RI = (u_BTR.flatten(0, -2).T @ x_BTI.flatten(0, -2)).to(layer.lora_A.dtype)
-        if layer.lora_A in self.sums:
-            self.sums[layer.lora_A].add_(product_RI)
-        else:
-            self.sums[layer.lora_A] = product_RI
+        """Keep u."""
+        self.signals[layer] = u_BTR
 
     def take_signals(self) -> dict[LoRALinear, Tensor]:
         """The u of this micro-batch."""
@@ -74,19 +89,25 @@ class RULE(LocalRule):
             else:
                 layer.lora_B.grad.add_(gradient_OR)
 
-    @torch.no_grad()
     def update(self, *, lr_a: float, lr_b: float) -> None:
-        """Set the A's while they are sought; the B's are the optimizer's."""
-        for lora_A, product_RI in self.sums.items():
-            lora_A.copy_(orthonormal_rows(product_RI))
+        """Nothing: A is fixed, and the B's are the optimizer's."""
+
+
+def _look(one: Pass, sketches: Mapping[LoRALinear, InputSketch]) -> None:
+    """Run a pass and show each sketch what its linear reads; tokens that are padding are left out."""
+
+    def look(layer: Any, args: tuple[Tensor, ...]) -> None:
+        x, real_BT = args[0], one.real_BT
+        sketches[layer].add(x[real_BT] if real_BT is not None and real_BT.shape == x.shape[:-1] else x.flatten(0, -2))
+
+    handles = [layer.register_forward_pre_hook(look) for layer in sketches]
+    try:
+        one.run()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def feedback_gradient(error_BTD: Tensor, u_BTR: Tensor) -> Tensor:
     """`g^T u` [D, R]: the gradient of `lora_B` when the error at its output is g."""
     return error_BTD.flatten(0, -2).T @ u_BTR.flatten(0, -2)
-
-
-def orthonormal_rows(product_RI: Tensor) -> Tensor:
-    """An orthonormal basis [R, I] of the rows' span, leading rows first; equal for equal arguments, sign included."""
-    q_IR, triangle_RR = torch.linalg.qr(product_RI.T.float())
-    return (q_IR * torch.where(triangle_RR.diagonal() < 0, -1.0, 1.0)).T.to(product_RI.dtype)
