@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from finerank import __version__, config, registry
 from finerank.errors import ConfigError, FinerankError, unknown_name
 
 RECIPES = "finerank.recipes"
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -53,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 5
         _tell(f"finerank: {error.filename}: {reason}; check the path, its permissions and the disk")
         return 5
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocators say it by a RuntimeError; asking torch itself would import it
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
         traceback.print_exc()
         _tell("finerank: out of memory; lower --micro-batch-tokens or --seq-length")
         return 3

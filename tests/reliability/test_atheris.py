@@ -40,8 +40,10 @@ def one_input(content):
     except FinerankError:
         pass
 
-atheris.Setup([sys.argv[0], f"-runs={runs}", "-rss_limit_mb=0", str(corpus)], one_input)
-atheris.Fuzz()
+options = [f"-runs={runs}", "-rss_limit_mb=0", "-timeout=60", "-max_len=16384"]
+atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)
+with test_fuzz.limited_memory():  # instead of libFuzzer's limit, which is looked at once a second
+    atheris.Fuzz()
 """
 
 

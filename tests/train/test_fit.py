@@ -1,6 +1,9 @@
 """`--micro-batch-size auto`: what is chosen, against memory that is made up and memory that is measured."""
 
 import json
+import multiprocessing
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +121,38 @@ def test_free_memory_is_cut_to_the_control_group(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000\n")
     assert memory.available_memory_bytes(tmp_path, meminfo) == 200000
     assert memory.available_memory_bytes(tmp_path / "none", tmp_path / "none") > 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_lowest_limit_of_all_groups_above_counts(tmp_path: Path, version: int) -> None:
+    """As a batch system sets them: a limit on the job, none on the step inside it."""
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    line = "7:cpu,memory:/slurm/job_3/step_0" if version == 1 else "0::/slurm/job_3/step_0"
+    own.write_text(f"3:freezer:/elsewhere\n{line}\n")
+    job = (root / "memory" if version == 1 else root) / "slurm" / "job_3"
+    (job / "step_0").mkdir(parents=True)
+    limit, used = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    for folder, most in ((job, "1000000"), (job / "step_0", "max" if version == 2 else str(2**63 - 4096))):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("900000\n")
+        (folder / "memory.stat").write_text("anon 1\n")
+    assert memory.available_memory_bytes(root, own_groups=own) == 100000
+
+
+def test_the_address_space_that_is_left_is_a_limit() -> None:
+    def measure() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (300 << 20),) * 2)
+        return 0 if 250 << 20 < memory.available_memory_bytes() <= 300 << 20 else 1
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc here")
+    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(measure()))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("flags", [["--no-pack"], []])

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from finerank.checkpoints.checksums import difference, files_below, fingerprints
+from finerank.checkpoints.safetensors_file import SafetensorsWriter
+from finerank.checkpoints.weights import TensorInfo
 from finerank.errors import CheckpointError
 from finerank.files import discard_folder, leftovers_of_replacing, remove_leftovers, replace_folder, storage_errors
 
@@ -63,16 +65,14 @@ def save_checkpoint(
     Args:
         folder: where it appears; an existing checkpoint there is replaced.
         state: JSON values with at least `step`.
-        tensors: on any device; stored sorted by name.
+        tensors: on any device; stored sorted.
         write_more: writes further files into the given folder; the manifest covers them.
 
     Raises:
         StorageError: the disk is full, read-only or gone. What was at `folder` before is still there.
     """
     with replace_folder(folder) as aside:
-        content = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        # through Python's own file, not the library's, so that a full disk is an OSError like everywhere else
-        (aside / _TENSORS).write_bytes(safetensors.torch.save(content))
+        _write_tensors(aside / _TENSORS, tensors)
         _write_json(aside / _STATE, {"format": FORMAT, **state})
         if write_more is not None:
             write_more(aside)
@@ -165,6 +165,15 @@ def drop_newer(run: Path, step: int) -> list[int]:
     for _, folder in newer:
         discard_folder(folder)
     return [s for s, _ in newer]
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One after the other from where they lie: making the whole file in memory first would hold training up."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
+    entries = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in names}
+    with SafetensorsWriter(path, entries) as file:
+        for name in names:
+            file.write(name, tensors[name])
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Memory: the peak so far, what is free, and what to say when there is not enough."""
 
+import contextlib
 import os
 import resource
 import sys
@@ -26,15 +27,45 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def available_memory_bytes(control_group: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Main memory that this process may still take: what the system can give, cut to its control group's limit."""
+def available_memory_bytes(
+    control_groups: Path = Path("/sys/fs/cgroup"),
+    meminfo: Path = Path("/proc/meminfo"),
+    own_groups: Path = Path("/proc/self/cgroup"),
+) -> int:
+    """Main memory that this process may still take: what the system can give, cut to the limits set for the process.
+
+    Those are of its control group and the groups above it (containers, batch systems), and of `ulimit -v`.
+    """
     free = _meminfo_available(meminfo)
     if free is None:
         names = ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")  # macOS knows the second only
         pages = next(os.sysconf(name) for name in names if name in os.sysconf_names)
         free = pages * os.sysconf("SC_PAGE_SIZE")
-    left = _control_group_left(control_group)
-    return max(0, free if left is None else min(free, left))
+    limits = [_control_group_left(folder) for folder in _control_groups(control_groups, own_groups)]
+    return max(0, min([free, *(left for left in [*limits, _address_space_left()] if left is not None)]))
+
+
+def _control_groups(root: Path, own_groups: Path) -> list[Path]:
+    """Folders of the process's memory control group and of all above it; a container sees its own as the root."""
+    folders = {root, root / "memory"}
+    with contextlib.suppress(OSError):
+        for line in own_groups.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "" or "memory" in kinds.split(","):
+                own = (root / "memory" if kinds else root) / path.lstrip("/")
+                folders |= {own, *(p for p in own.parents if p.is_relative_to(root))}
+    return sorted(folders)
+
+
+def _address_space_left() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError):
+        return None
+    return soft - pages * resource.getpagesize()
 
 
 def _meminfo_available(path: Path) -> int | None:
@@ -46,16 +77,16 @@ def _meminfo_available(path: Path) -> int | None:
 
 
 def _control_group_left(folder: Path) -> int | None:
-    """Limit less use, where file cache that can be dropped is not use; v2, then v1. None without a limit."""
+    """Limit less use, where file cache that can be dropped is not use; v2 or v1. None without a limit."""
     versions = (
-        (folder, "memory.max", "memory.current", "inactive_file"),
-        (folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     )
-    for place, limit, used, cached in versions:
+    for limit, used, cached in versions:
         try:
-            most = int((place / limit).read_text())  # "max" is no number: no limit
-            held = int((place / used).read_text())
-            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            most = int((folder / limit).read_text())  # "max" is no number: no limit
+            held = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             return most - held + int(stat.get(cached, 0))
         except (OSError, ValueError):
             continue

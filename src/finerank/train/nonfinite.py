@@ -35,7 +35,7 @@ class Finding:
     place: str
     """In words, e.g. `the output of model.layers.3.mlp.down_proj`."""
     rows: tuple[int, ...]
-    """Samples of the micro-batch in which it was seen."""
+    """Samples with non-finite numbers there; all of the micro-batch where the place does not tell them apart."""
 
 
 def find_nonfinite(
@@ -49,47 +49,66 @@ def find_nonfinite(
     parameters = [p for p in model.parameters() if p.requires_grad]
     for batch, seed in zip(batches, seeds, strict=True):
         seed_everything(*seed)
-        with _watch(model) as places:
+        with _watch(model, batch) as findings:
             loss = loss_function(model, batch.to(device))
             gradients: Sequence[Tensor | None] = []
-            if not places and torch.isfinite(loss) and parameters:
+            if not findings and torch.isfinite(loss) and parameters:
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        if not places and not torch.isfinite(loss):
-            places.append("the loss itself, after finite outputs of all modules")
-        if not places and any(g is not None and not torch.isfinite(g).all() for g in gradients):
-            places.append("the gradient of a trained parameter")
-        if places:
-            return Finding(place=places[0], rows=batch.rows)
+        if findings:
+            return findings[0]
+        if not torch.isfinite(loss):
+            return Finding(place="the loss itself, after finite outputs of all modules", rows=batch.rows)
+        if any(g is not None and not torch.isfinite(g).all() for g in gradients):
+            return Finding(place="the gradient of a trained parameter", rows=batch.rows)
     return None
 
 
 @contextmanager
-def _watch(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the places of non-finite outputs, then of non-finite gradients, in the order of the computation."""
-    places: list[str] = []
+def _watch(model: nn.Module, batch: Batch) -> Iterator[list[Finding]]:
+    """Collect non-finite outputs, then non-finite gradients, in the order of the computation."""
+    findings: list[Finding] = []
+
+    def see(tensor: Tensor, place: str) -> None:
+        is_finite = torch.isfinite(tensor)
+        if not is_finite.all():
+            findings.append(Finding(place=place, rows=_rows_with(~is_finite, batch)))
 
     def look(name: str, module: nn.Module, output: Any) -> None:
+        bad = [n for n, p in module.named_parameters(recurse=False) if not torch.isfinite(p).all()]
+        weights = f" (its {', '.join(bad)} is not finite)" if bad else ""
         for tensor in _floating(output):
-            if not torch.isfinite(tensor).all():
-                bad = [n for n, p in module.named_parameters(recurse=False) if not torch.isfinite(p).all()]
-                weights = f" (its {', '.join(bad)} is not finite)" if bad else ""
-                places.append(f"the output of {name or 'the model'}{weights}")
+            see(tensor, f"the output of {name or 'the model'}{weights}")
             if tensor.requires_grad:
-                tensor.register_hook(
-                    lambda grad: (
-                        None if torch.isfinite(grad).all() else places.append(f"the gradient of the output of {name}")
-                    )
-                )
+                tensor.register_hook(lambda grad: see(grad, f"the gradient of the output of {name}"))
 
     handles = [
         module.register_forward_hook(lambda m, _inputs, output, name=name: look(name, m, output))
         for name, module in model.named_modules()
     ]
     try:
-        yield places
+        yield findings
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rows_with(is_bad: Tensor, batch: Batch) -> tuple[int, ...]:
+    """The batch's rows that have a bad number in a tensor [B, T, ...]; all of them for a tensor of another shape.
+
+    A row is one sequence of the batch, a pair two that follow each other.
+    """
+    b, t = batch.input_ids.shape
+    if is_bad.shape[:2] != (b, t):
+        return batch.rows
+    bad_BT = is_bad.reshape(b, t, -1).any(dim=-1).cpu()
+    if batch.cu_seqlens is None:
+        bad = bad_BT.any(dim=1).tolist()
+    else:
+        bad = [bool(part.any()) for part in bad_BT[0].tensor_split(batch.cu_seqlens[1:-1].cpu().long())]
+    if batch.parents is not None or not batch.rows or len(bad) % len(batch.rows):
+        return batch.rows
+    per_row = len(bad) // len(batch.rows)
+    return tuple(row for i, row in enumerate(batch.rows) if any(bad[i * per_row : (i + 1) * per_row]))
 
 
 def _floating(output: Any) -> Iterator[Tensor]:

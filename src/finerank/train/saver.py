@@ -4,6 +4,9 @@ In the background, `save` copies the state and returns; a thread writes the copy
 step, whole, however far training has gone meanwhile. At most one save is on its way: the next one waits for it.
 """
 
+import contextlib
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -85,6 +88,7 @@ class Saver:
             raise failure
 
     def _write_aside(self, *args: Any) -> None:
+        _yield_to_training()
         try:
             self._write(*args)
         except BaseException as error:
@@ -117,3 +121,10 @@ class Saver:
             native.prune(self.run, newest=step, keep_last=self.keep_last, keep_steps=keep_steps)
         except StorageError as error:
             self.say(f"warning: an older checkpoint than that of step {step} could not be removed. {error}")
+
+
+def _yield_to_training() -> None:
+    """Let this thread compute only while the threads of a step leave a core alone; whoever waits for it does."""
+    if sys.platform == "linux":  # elsewhere a priority belongs to the process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
