@@ -38,6 +38,12 @@ def weight_OI(base: nn.Module) -> Tensor:
     return weight if isinstance(base, nn.Linear) else weight.T
 
 
+def _product_weight_OI(base: nn.Module) -> Tensor:
+    """`weight_OI` for one product: a quantised base dequantises it into memory that the next product uses again."""
+    dequantize = getattr(base, "product_weight", None)
+    return weight_OI(base) if dequantize is None else dequantize()
+
+
 @dataclass(frozen=True)
 class Member:
     """One linear of a call."""
@@ -97,7 +103,7 @@ class _AdaptedLinear(torch.autograd.Function):
             h_NS = x_NI @ a_SI.T
         outputs = []
         for member, b in zip(members, lora_B, strict=True):
-            y_NO = F.linear(x_NI, weight_OI(member.base), member.base.bias)  # type: ignore[arg-type]
+            y_NO = F.linear(x_NI, _product_weight_OI(member.base), member.base.bias)  # type: ignore[arg-type]
             y_NO.addmm_(h_NS[:, spans[member.a]], b.to(x.dtype).T, alpha=member.scale)
             outputs.append(y_NO.view(*x.shape[:-1], -1))
         kept, ctx.again = ((x_NI,), None) if recipe is None else recipe
@@ -129,7 +135,7 @@ class _AdaptedLinear(torch.autograd.Function):
             written.add(member.a)
             dbs.append((dy_NO.T @ h_NS[:, span]).to(b.dtype).mul_(member.scale))
             if ctx.needs_input_grad[0]:
-                weight = weight_OI(member.base)
+                weight = _product_weight_OI(member.base)
                 dx_NI = dy_NO @ weight if dx_NI is None else dx_NI.addmm_(dy_NO, weight)
         for i, span in enumerate(spans):
             if i not in written:

@@ -193,6 +193,8 @@ def _read_weights(folder: Path, name: str, config: Any, dtype: torch.dtype, sett
     except Exception as error:
         if isinstance(error, FinerankError):
             raise
+        if quantization is not None and quantization.refused:
+            raise ModelError(f"{name}, {quantization.refused[0]}") from error
         raise ModelError(f"Cannot load the weights of {name}: {_sentence(error)}; restore the folder.") from error
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):

@@ -2,19 +2,19 @@
 
     model = load_model(ModelSettings(load="smollm2-135m", load_4bit=True))    # every linear but the output head
 
-    4 bits   NF4 in blocks of 64 with double quantisation, by bitsandbytes: 4.127 bits a weight
-    8 bits   whole numbers from -127 to 127 times a scale for each output feature; activations are not quantised
+    4 bits   NF4 with double quantisation, by bitsandbytes
+    8 bits   the weights of LLM.int8(), by bitsandbytes; activations are not quantised
 
 Weights are quantised tensor by tensor while they are read, so the whole model is never in memory in 16 bits. Products
 are computed in the activations' precision from a weight that is dequantised for that one product, forward and
-backward; no second copy is kept. Nothing but the linear knows: adapters see `dequantized_weight()`.
+backward, into a buffer that all linears share; no second copy is kept. Nothing but the linear knows: adapters see
+`dequantized_weight()` and `product_weight()`. The numbers are in `models.packed`.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, sections 3 and 4.
 
 Shapes: I in_features, O out_features, P packed values.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -28,28 +28,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finerank.errors import ConfigError, MissingExtraError, ModelError
+from finerank.errors import ConfigError, ModelError
+from finerank.models.packed import BLOCK_SIZE, bitsandbytes_functions, dequantize_into, quantize, shared_buffer
 from finerank.models.settings import ModelSettings
-
-BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
-"""NF4: weights that share a maximum, and maxima that share a second one."""
-
-
-def bitsandbytes_functions() -> Any:
-    """`bitsandbytes.functional`. Raises MissingExtraError without the package."""
-    # it logs that an optional kernel of another package is missing, which is not used here
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        from bitsandbytes import functional
-    except ImportError as error:
-        raise MissingExtraError(
-            "--load-4bit needs bitsandbytes; install it with: pip install 'finerank[quant]'."
-        ) from error
-    finally:
-        log.setLevel(level)
-    return functional
 
 
 class QuantizedLinear(nn.Module):
@@ -83,23 +64,7 @@ class QuantizedLinear(nn.Module):
 
     def pack(self, weight_OI: Tensor) -> nn.Parameter:
         """Quantise: the packed weight, whose scales this module keeps."""
-        weight_OI = weight_OI.contiguous()
-        if self.bits == 8:
-            # as bitsandbytes' row-wise quantiser, which takes fp16 only: bf16 and fp32 weights may not fit that
-            self.scales = {"row_max": weight_OI.float().abs().amax(dim=1)}
-            steps_O = self.scales["row_max"].clamp_min(torch.finfo(torch.float32).tiny) / 127
-            packed = (weight_OI.float() / steps_O[:, None]).round_().to(torch.int8)
-            return nn.Parameter(packed, requires_grad=False)
-        packed, state = bitsandbytes_functions().quantize_4bit(
-            weight_OI, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
-        )
-        self.scales = {
-            "absmax": state.absmax,
-            "code": state.code,
-            "offset": state.offset,
-            "nested_absmax": state.state2.absmax,
-            "nested_code": state.state2.code,
-        }
+        packed, self.scales = quantize(weight_OI, bits=self.bits)
         return nn.Parameter(packed, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
@@ -109,24 +74,14 @@ class QuantizedLinear(nn.Module):
         return self
 
     def dequantized_weight(self) -> Tensor:
-        """[O, I] in the base's precision; a new tensor that the caller lets go of after one product."""
-        if self.bits == 8:
-            return (self.weight * (self.scales["row_max"] / 127)[:, None]).to(self.dtype)
-        functional, scales = bitsandbytes_functions(), self.scales
-        nested = functional.QuantState(
-            absmax=scales["nested_absmax"], code=scales["nested_code"], blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
-        )
-        state = functional.QuantState(
-            absmax=scales["absmax"],
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=scales["code"],
-            blocksize=BLOCK_SIZE,
-            quant_type="nf4",
-            dtype=self.dtype,
-            offset=scales["offset"],
-            state2=nested,
-        )
-        return functional.dequantize_4bit(self.weight, state)
+        """[O, I] in the base's precision, a new tensor."""
+        out_OI = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device)
+        return dequantize_into(out_OI, self.weight, self.scales, bits=self.bits)
+
+    def product_weight(self) -> Tensor:
+        """[O, I] in the base's precision, in memory that the thread's next quantised product uses again."""
+        out_OI = shared_buffer((self.out_features, self.in_features), self.dtype, self.weight.device)
+        return dequantize_into(out_OI, self.weight, self.scales, bits=self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
@@ -149,11 +104,11 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:  # type: ignore[override]
         ctx.linear = linear
-        return F.linear(x, linear.dequantized_weight().to(x.dtype), linear.bias)
+        return F.linear(x, linear.product_weight().to(x.dtype), linear.bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        return dy @ ctx.linear.dequantized_weight().to(dy.dtype), None
+        return dy @ ctx.linear.product_weight().to(dy.dtype), None
 
 
 @register_quantization_config("finerank")
@@ -162,19 +117,20 @@ class BitsConfig(QuantizationConfigMixin):
 
     def __init__(self, bits: int, **_: Any):
         self.quant_method, self.bits = "finerank", bits  # type: ignore[assignment]
+        self.refused: list[str] = []
+        """Why tensors could not be quantised. The loader goes on to the next tensor and forgets our words."""
 
 
 def quantization_config(settings: ModelSettings) -> BitsConfig | None:
     """What `--load-4bit` or `--load-8bit` asks `from_pretrained` for; None without them.
 
-    Raises ConfigError for both; MissingExtraError when 4 bits lack bitsandbytes.
+    Raises ConfigError for both; MissingExtraError without bitsandbytes.
     """
     if not (settings.load_4bit or settings.load_8bit):
         return None
     if settings.load_4bit and settings.load_8bit:
         raise ConfigError("--load-4bit and --load-8bit exclude each other; give one of them.")
-    if settings.load_4bit:
-        bitsandbytes_functions()
+    bitsandbytes_functions()
     return BitsConfig(4 if settings.load_4bit else 8)
 
 
@@ -186,7 +142,7 @@ class QuantizeWhileLoading(HfQuantizer):
 
     def __init__(self, quantization_config: BitsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.bits = quantization_config.bits
+        self.bits, self.refused = quantization_config.bits, quantization_config.refused
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """Left to the caller."""
@@ -211,7 +167,7 @@ class QuantizeWhileLoading(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """The loader's operation on one tensor."""
-        return _Pack()
+        return _Pack(self.refused)
 
     def is_serializable(self) -> bool:
         """Adapters are saved, never the quantised base."""
@@ -227,12 +183,19 @@ class QuantizeWhileLoading(HfQuantizer):
 
 
 class _Pack(ConversionOps):
+    def __init__(self, refused: list[str]):
+        self.refused = refused
+
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         packed = {}
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
             weight = value[0] if isinstance(value, list) else value
-            packed[name] = module.pack(weight.T if module.stores_transpose else weight)
+            try:
+                packed[name] = module.pack(weight.T if module.stores_transpose else weight)
+            except ModelError as error:
+                self.refused.append(f"{name.removesuffix('.weight')}: {error}")
+                raise
             module._is_hf_initialized = True
         return packed
 
