@@ -124,12 +124,13 @@ class Runner:
         return json.loads(line)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, contestants: list[str]) -> argparse.Namespace:
+    """The command line of a benchmark of steps, with the contestants it takes by default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("FINERANK_SHARED") or HERE.parents[1] / "shared")
     parser.add_argument("--data", type=Path, default=shared / "data" / "alpaca_en_demo.json", help="instruction rows")
     parser.add_argument("--model", default="smollm2-135m", help="what --load of finerank takes")
-    parser.add_argument("--contestants", nargs="+", choices=SETUPS, default=list(SETUPS)[:3])
+    parser.add_argument("--contestants", nargs="+", choices=SETUPS, default=contestants)
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after one of warm-up")
     parser.add_argument("--global-batch-size", type=int, default=16, help="rows a step")
     parser.add_argument("--seq-length", type=int, default=512, help="longest row in tokens")
@@ -244,7 +245,7 @@ def table(summary: dict[str, Any]) -> str:
 def main() -> None:
     import tempfile
 
-    args = arguments()
+    args = arguments(__doc__, list(SETUPS)[:3])
     with tempfile.TemporaryDirectory() as log:
         summary = summarise(race(args, Path(log)), args)
     text = table(summary)

@@ -25,7 +25,7 @@ class SteppedPlan:
 
 
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="bf16")
+    task, own = parse(__doc__ or "", dtype="bf16", bits=16)
 
     from finerank.adapters.files import adapter_files
     from finerank.adapters.inject import inject_adapters
@@ -38,7 +38,8 @@ def main() -> None:
     from finerank.train.loop import TrainLoop
     from finerank.train.settings import TrainSettings
 
-    loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype))
+    bits = {"load_4bit": own.bits == 4, "load_8bit": own.bits == 8}
+    loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype, **bits))
     use_packed_attention(loaded.model)
     fuse(loaded.model)
     _, held_out, plan = load_rows(task, loaded.tokenizer)

@@ -1,4 +1,4 @@
-"""Contestant: PEFT's LoRA under transformers' Trainer."""
+"""Contestant: PEFT's LoRA under transformers' Trainer; with --bits 4 or 8 over a base in bitsandbytes' linears."""
 
 import contextlib
 import tempfile
@@ -7,8 +7,20 @@ from typing import Any
 from protocol import Contestant, Stopped, held_out_loss, load_rows, parse
 
 
+def quantized(folder: Any, bits: int) -> Any:
+    """The model as transformers loads it with bitsandbytes; nothing is recomputed and norms stay in bf16: the fastest."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(load_in_4bit=True, **four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+
+
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8, attention="sdpa")
+    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8, attention="sdpa", bits=16)
 
     import torch
     from peft import LoraConfig, get_peft_model
@@ -19,13 +31,14 @@ def main() -> None:
     from finerank.models.settings import ModelSettings
 
     loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype))
-    loaded.model.set_attn_implementation(own.attention)
+    base = loaded.model if own.bits == 16 else quantized(loaded.source.path, own.bits)
+    base.set_attn_implementation(own.attention)
     train, held_out, plan = load_rows(task, loaded.tokenizer)
     config = LoraConfig(
         r=task.rank, lora_alpha=2 * task.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     torch.manual_seed(task.seed)
-    model = get_peft_model(loaded.model, config)
+    model = get_peft_model(base, config)
     contestant = Contestant()
 
     order = [row for step in range(task.num_steps) for row in plan.rows(step)]
