@@ -1,6 +1,7 @@
 """The tensors of an adapter file, sorted by what they belong to, and checked against the model.
 
 layers.0.self_attn.q_proj.lora_A.weight, .lora_B.weight, .lora_magnitude_vector      a linear
+layers.0.mlp.experts.lora_A.weight, .base_layer.lora_A.weight, ...                   fused experts
 embed_tokens.lora_embedding_A, .lora_embedding_B                                     an embedding
 embed_tokens.base_layer.weight                                       what PEFT saves along with it
 embed_tokens.token_adapter.trainable_tokens_delta                    trained rows
@@ -18,12 +19,13 @@ from transformers import PreTrainedModel
 
 from finerank.adapters.adapter_set import FILE_PREFIX
 from finerank.adapters.embedding import check_embedding, is_tied
+from finerank.adapters.experts import adapted_parameters, experts_modules, leaf
 from finerank.adapters.low_rank import weight_OI
 from finerank.adapters.new_tokens import ROWS
 from finerank.adapters.parts import pair_names
 from finerank.adapters.saved_modules import check_saved
 from finerank.adapters.shapes import shape_of
-from finerank.adapters.targets import linear_names, short_names
+from finerank.adapters.targets import Target, linear_names, short_names
 from finerank.errors import AdapterError
 from finerank.models.vocabulary import grow_vocabulary
 
@@ -44,11 +46,13 @@ class FileTensors:
     """Base weights saved along with adapted embeddings."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """Trained rows of an embedding or of a head."""
+    experts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Factors of fused experts, by the names of `LoRAExperts.trained`."""
 
     def of_part(self, name: str) -> Mapping[str, Tensor]:
         """What belongs to an adapted module that is no linear."""
         rows = {ROWS: self.rows[name]} if name in self.rows else {}
-        return self.embeddings.get(name) or self.whole.get(name) or rows
+        return self.embeddings.get(name) or self.whole.get(name) or self.experts.get(name) or rows
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
@@ -88,6 +92,23 @@ def sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileTensors:
 
 
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+
+
+def take_experts(model: nn.Module, found: FileTensors, config: Mapping[str, Any]) -> list[Target]:
+    """Move the factors of fused experts out of the linears; the parameters that they belong to, as targets."""
+    targets: list[Target] = []
+    for module in experts_modules(model):
+        names = sorted((n for n in found.linears if n.replace(".base_layer", "") == module), key=len)
+        if not names:
+            continue
+        found.experts[module] = {
+            f"{name.removeprefix(module)}.{part}.weight".removeprefix("."): tensor
+            for name in names
+            for part, tensor in found.linears.pop(name).items()
+        }
+        parameters = adapted_parameters(config, module, len(names))
+        targets += [Target(f"{module}.{parameter}", kind="experts") for parameter in parameters]
+    return targets
 
 
 def grow_for(model: nn.Module, found: FileTensors, rows: Mapping[str, Sequence[int]], folder: Path) -> None:
@@ -130,6 +151,8 @@ def check_tensors(
                 f"{folder} adapts {name}, which this model does not have (it has {short_names(linears)}); load {base}."
             )
         _check_linear(modules[name], name, parts, config, folder)
+    for name, parts in found.experts.items():
+        _check_experts(modules[name], name, parts, config, folder)
     for name, parts in found.embeddings.items():
         module = modules.get(name)
         if not isinstance(module, nn.Embedding):
@@ -182,6 +205,21 @@ def _check_linear(
             f"model's maps {wanted[1]} to {wanted[0]}; load {base}."
         )
     _check_rank(name, a.shape[0], b.shape[1], config, folder)
+
+
+def _check_experts(
+    module: nn.Module, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
+) -> None:
+    base = config.get("base_model_name_or_path") or "the base it was trained on"
+    adapted = adapted_parameters(config, name, len(parts) // 2)
+    for parameter in adapted:
+        rank = shape_of(config, f"{name}.{parameter}").rank
+        E, O, I = getattr(module, parameter).shape  # noqa: E741
+        for factor, size in (("lora_A", (E * rank, I)), ("lora_B", (O, rank * E))):
+            key = f"{leaf(parameter, adapted)}{factor}.weight"
+            if key not in parts:
+                raise AdapterError(f"{folder / TENSORS} lacks {name}.{key}; copy the adapter again.")
+            _check_size(f"{name}.{key}", tuple(parts[key].shape), size, folder, base)
 
 
 def _check_size(name: str, has: tuple[int, ...], wanted: tuple[int, ...], folder: Path, base: str) -> None:

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from finerank.adapters.adapter_set import AdapterSet
-from finerank.adapters.file_tensors import CONFIG, TENSORS, check_tensors, drop_tied_head, grow_for, sort_tensors
+from finerank.adapters.file_tensors import (
+    CONFIG,
+    TENSORS,
+    check_tensors,
+    drop_tied_head,
+    grow_for,
+    sort_tensors,
+    take_experts,
+)
 from finerank.adapters.initial import check_base_unchanged
 from finerank.adapters.inject import NEWER_KEYS, new_config, place_adapters
 from finerank.adapters.new_tokens import rows_by_module
@@ -39,7 +47,6 @@ SHARED = "finerank_shared_lora_A"
 _NEUTRAL: dict[str, Any] = {
     "bias": "none",
     "lora_bias": False,
-    "target_parameters": None,
     "layer_replication": None,
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -147,6 +154,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
             )
     tensors, metadata = _read_tensors(folder / TENSORS)
     found = sort_tensors(tensors, folder)
+    experts = take_experts(model, found, config)
     embedding, _ = pair_names(model)
     modules = [name for name, _ in model.named_modules()]
     indices = config.get("trainable_token_indices")
@@ -158,7 +166,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         drop_tied_head(model, found, folder)
     names = [name for name in linear_names(model) if name in found.linears]
     targets = _with_groups(names, found.linears, metadata.get(SHARED, "").split())
-    targets += [Target(name, kind="embedding") for name in found.embeddings]
+    targets += [*experts, *(Target(name, kind="embedding") for name in found.embeddings)]
     adapters = place_adapters(
         model, targets, _normal(config), saved=list(found.whole), rows=rows, seed=0, trainable=trainable
     )

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from finerank.adapters.adapted_module import AdaptedModule
 from finerank.adapters.adapter_set import FILE_PREFIX, AdapterSet, put_module
 from finerank.adapters.dora import add_magnitude
+from finerank.adapters.experts import experts_modules, peft_target_parameters
 from finerank.adapters.lora import LoRALinear, SharedInput
 from finerank.adapters.low_rank import weight_OI
 from finerank.adapters.lu_lora import local_patterns, local_targets
@@ -70,29 +71,35 @@ def inject_adapters(
     )
     ranks, alphas = ranks | own_ranks, alphas | own_alphas
     modules = dict(model.named_modules())
-    _warn_of_fused_experts(modules, settings)
+    _warn_of_fused_experts(model, targets, settings)
     config = new_config(
         r=settings.lora_r,
         lora_alpha=_whole(settings.lora_alpha),
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        target_modules=peft_target_modules(model, targets),
+        target_modules=peft_target_modules(model, [t for t in targets if t.kind != "experts"]),
+        target_parameters=peft_target_parameters(model, [t.name for t in targets if t.kind == "experts"]) or None,
         modules_to_save=peft_modules_to_save(model, chosen.saved) if chosen.saved else None,
         ensure_weight_tying=settings.ensure_weight_tying,
         trainable_token_indices=peft_token_indices(chosen.rows) if chosen.rows else None,
         rank_pattern={pattern: int(rank) for pattern, rank in ranks.items()},
         alpha_pattern={pattern: _whole(alpha) for pattern, alpha in alphas.items()},
-        fan_in_fan_out=any(isinstance(modules[target.name], Conv1D) for target in targets),
+        fan_in_fan_out=any(isinstance(modules.get(target.name), Conv1D) for target in targets),
     )
     return place_adapters(model, targets, config, saved=chosen.saved, rows=chosen.rows, seed=seed, trainable=True)
 
 
-def _warn_of_fused_experts(modules: Mapping[str, nn.Module], settings: AdapterSettings) -> None:
+def _warn_of_fused_experts(model: nn.Module, targets: Sequence[Target], settings: AdapterSettings) -> None:
     """Experts kept as one 3-dimensional tensor are no linears; `all-linear` sounds as if it meant them."""
-    fused = [name for name, module in modules.items() if any(p.dim() == 3 for p in module.parameters(recurse=False))]
-    if fused and "all-linear" in settings.lora_target_modules:
-        logger.warning("all-linear leaves out the fused experts of %d modules, e.g. %s", len(fused), fused[0])
+    fused = list(experts_modules(model))
+    adapted = any(target.kind == "experts" for target in targets)
+    if fused and not adapted and "all-linear" in (name.lower() for name in settings.lora_target_modules):
+        logger.warning(
+            "all-linear leaves out the fused experts of %d modules, e.g. %s; gate_up_proj and down_proj name them",
+            len(fused),
+            fused[0],
+        )
 
 
 def _check(settings: AdapterSettings) -> None:
@@ -115,7 +122,7 @@ def _whole(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
-NEWER_KEYS = ("ensure_weight_tying", "trainable_token_indices")
+NEWER_KEYS = ("ensure_weight_tying", "target_parameters", "trainable_token_indices")
 """Written only where they are used: older PEFT versions warn of keys that they do not know."""
 
 

@@ -7,7 +7,7 @@ With `ensure_weight_tying` a tied pair is adapted on the embedding's side, and t
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from finerank.adapters.embedding import (
     embedding_and_head,
     is_tied,
 )
+from finerank.adapters.experts import check_experts, fresh_experts
 from finerank.adapters.new_tokens import TrainedRows
 from finerank.adapters.saved_modules import SavedModule, find_saved
 from finerank.adapters.seeding import named_generator
@@ -64,6 +65,14 @@ def choose(
     chosen = Chosen(tuple(target for target in targets if target.name not in saved), tuple(saved))
     if settings.use_dora and (found := [t.name for t in chosen.targets if t.kind != "linear"]):
         raise ConfigError(f"--use-dora is for linears and cannot be put on {found[0]}; leave one of them out.")
+    if experts := [t.name for t in chosen.targets if t.kind == "experts"]:
+        if twice := [name for name in experts if name.rpartition(".")[0] in saved]:
+            raise AdapterError(f"{twice[0]} is adapted and in --lora-modules-to-save; name it once.")
+        if settings.lora_dropout:
+            raise ConfigError(f"--lora-dropout cannot be applied to {experts[0]}, nor can PEFT; leave one of them out.")
+        if settings.init_lora_weights != "default":
+            start = settings.init_lora_weights
+            raise ConfigError(f"--init-lora-weights {start} is no start for {experts[0]}; leave one of them out.")
     chosen = _with_rows(model, _tie(model, chosen, settings), token_ids)
     _refuse_below_local(model, chosen, settings)
     return chosen
@@ -162,7 +171,10 @@ def place_parts(
     follows = bool(config.get("ensure_weight_tying")) and tied
     modules = dict(model.named_modules())
     parts: dict[str, AdaptedModule] = {}
-    for target in targets:
+    for name, parameters in _by_module(t for t in targets if t.kind == "experts").items():
+        check_experts(modules[name], name)
+        parts[name] = fresh_experts(modules[name], name, parameters, config, seed=seed, trainable=trainable)
+    for target in (t for t in targets if t.kind == "embedding"):
         base = modules[target.name]
         check_embedding(base, target.name)
         part = _fresh_embedding(base, target.name, config, seed=seed, trainable=trainable)  # type: ignore[arg-type]
@@ -183,6 +195,15 @@ def place_parts(
         placed.train(modules[name].training)
         put_module(model, name, placed)
     return parts
+
+
+def _by_module(targets: Iterable[Target]) -> dict[str, list[str]]:
+    """Parameters by the module that holds them."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        module, _, parameter = target.name.rpartition(".")
+        found.setdefault(module, []).append(parameter)
+    return found
 
 
 def _fresh_embedding(

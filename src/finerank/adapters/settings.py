@@ -60,4 +60,7 @@ class AdapterSettings(LocalSettings):
     )
     eva_rho: float | None = setting(None, help="EVA: highest rank of a layer over the one it is given; default 2")
     loraplus_lr_ratio: float | None = setting(None, help="LoRA+: learning rate of lora_B over that of lora_A, e.g. 16")
+    loraplus_lr_embedding: float | None = setting(
+        None, help="LoRA+: learning rate of an embedding's factors; default 1e-6"
+    )
     lora_load: str | None = setting(None, help="adapter to continue from, or to use", flags=("--lora-weights",))

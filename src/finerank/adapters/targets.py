@@ -4,6 +4,7 @@
     q_proj v_proj                                      Hugging Face names: the last parts of a module's name
     layers.0.self_attn.q_proj                          ... as many parts as are given
     embed_tokens lm_head                               embedding and output head, where they are named
+    gate_up_proj down_proj                             the fused experts of a layer, where they are named
     .*layers\\.(0|1)\\..*_proj                           a regular expression for whole names
     linear_qkv linear_proj linear_fc1 linear_fc2       Megatron names: groups whose members share one lora_A
     query_key_value dense dense_h_to_4h dense_4h_to_h  the same, legacy names
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from finerank.adapters.experts import parameter_names
 from finerank.errors import AdapterError, unknown_name
 
 ALL_LINEAR = "all-linear"
@@ -46,12 +48,12 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("
 
 @dataclass(frozen=True)
 class Target:
-    """A module that gets an adapter."""
+    """A module that gets an adapter, or a parameter of fused experts that does."""
 
     name: str
     group: str | None = None
     """Name of the shared `lora_A`'s group, e.g. `model.layers.0.self_attn:linear_qkv`; None with an own one."""
-    kind: Literal["linear", "embedding"] = "linear"
+    kind: Literal["linear", "embedding", "experts"] = "linear"
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -68,6 +70,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     """The modules that `targets` names, in the model's order. Raises AdapterError for a name that matches none."""
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if is_linear(module) or isinstance(module, nn.Embedding)]
+    experts = parameter_names(model)
+    names += experts
     if not targets:
         raise AdapterError(f"--lora-target-modules is empty; linears here: {short_names(linear_names(model))}.")
     chosen: dict[str, Target] = {}
@@ -78,8 +82,11 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
         for one in found:
             if one.name in chosen and chosen[one.name].group != one.group:
                 raise AdapterError(f"--lora-target-modules names {one.name} twice, with and without a shared lora_A.")
-            kind: Literal["linear", "embedding"] = "linear" if is_linear(modules[one.name]) else "embedding"
-            chosen[one.name] = replace(one, kind=kind)
+            chosen[one.name] = one
+            if one.name in experts:  # one tensor, so there is nothing to share an A with
+                chosen[one.name] = Target(one.name, kind="experts")
+            elif not is_linear(modules[one.name]):
+                chosen[one.name] = replace(one, kind="embedding")
     return [chosen[name] for name in names if name in chosen]
 
 
@@ -87,7 +94,9 @@ def _find(model: nn.Module, names: list[str], target: str) -> list[Target]:
     if target.lower() == ALL_LINEAR:
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         modules = dict(model.named_modules())
-        return [Target(name) for name in names if is_linear(modules[name]) and modules[name] is not head]
+        return [
+            Target(name) for name in names if (m := modules.get(name)) is not head and m is not None and is_linear(m)
+        ]
     if _is_pattern(target):
         try:
             return [Target(name) for name in names if re.fullmatch(target, name)]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from finerank.checkpoints.expert_factors import expand_experts
 from finerank.checkpoints.formats import hf, legacy, mcore, meta, peft
 from finerank.checkpoints.lora import Adapter, Factors
 from finerank.checkpoints.megatron import Target
@@ -61,6 +62,8 @@ def writes_adapter(s: ExportSettings) -> bool:
 def write(s: ExportSettings, base: BaseModel, adapter: Adapter, folder: Path) -> dict[str, Any]:
     """Write into an existing empty folder and return the report."""
     if writes_adapter(s):
+        if s.to in ("mcore", "legacy"):  # Megatron has local experts
+            adapter = expand_experts(adapter, base.config)
         notes, again = _write_adapter(s, base, adapter, folder)
         return {**compare_adapters(adapter, again), "notes": list(notes)}
     plan = plan_merge(base, adapter)

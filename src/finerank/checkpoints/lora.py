@@ -27,11 +27,13 @@ class Factors:
     """The weight is an embedding [V, D]: its change is `scale * (B A)^T`, with A [R, V] and B [D, R]."""
     is_transposed: bool = False
     """The weight is stored [I, O], as Conv1D does (`fan_in_fan_out`)."""
+    num_experts: int = 0
+    """E of a fused parameter [E, O, I], with A [E R, I] and B [O, R E]; 0 for one weight."""
 
     @property
     def rank(self) -> int:
         """Rank R."""
-        return self.a_RI.shape[0]
+        return self.a_RI.shape[0] // max(self.num_experts, 1)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -55,7 +57,7 @@ class Adapter:
     config: dict[str, Any]
     """PEFT's LoraConfig as JSON values."""
     factors: dict[str, Factors]
-    """By Hugging Face module name, e.g. `model.layers.0.self_attn.q_proj`."""
+    """By Hugging Face module name, e.g. `model.layers.0.self_attn.q_proj`; fused experts by parameter name."""
     whole: dict[str, Tensor] = field(default_factory=dict)
     """Tensors trained whole, by Hugging Face tensor name, e.g. `lm_head.weight`."""
     rows: dict[str, Rows] = field(default_factory=dict)

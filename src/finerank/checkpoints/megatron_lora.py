@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finerank.checkpoints import packing
+from finerank.checkpoints.expert_factors import expand_experts
 from finerank.checkpoints.layout import Layout
 from finerank.checkpoints.lora import Adapter
 from finerank.checkpoints.megatron import Target, base_args
@@ -134,6 +135,7 @@ def write_lora(
     target = target or Target()
     family, dims = family_of(base.config), dims_of(base.config)
     layout = target.layout(dims)
+    adapter = expand_experts(adapter, base.config)
     shapes = {n.removesuffix(".weight"): base.weights.info(n).shape for n in base.weights if n.endswith(".weight")}
     _check_fits(adapter, shapes)
     grouped = group_adapter(adapter, family, dims, shapes)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finerank.checkpoints.expert_factors import expand_experts
 from finerank.checkpoints.lora import Adapter, Factors, Rows
 from finerank.checkpoints.weights import HEAD, BaseModel, TensorInfo, Weights, same_bits
 from finerank.errors import AdapterError, NumericsError, unknown_name
@@ -114,6 +115,7 @@ def plan_merge(base: BaseModel, adapter: Adapter) -> MergePlan:
     Raises:
         AdapterError: a module or tensor that the base does not have, or of another shape.
     """
+    adapter = expand_experts(adapter, base.config)
     changes: dict[str, Change] = {}
     for module, factors in adapter.factors.items():
         name = _tensor_name(base, f"{module}.weight", adapter)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from finerank.checkpoints.lora import Adapter, Factors
 from finerank.checkpoints.regroup import lora_config, scaled
 from finerank.checkpoints.weights import BaseModel
+from finerank.errors import AdapterError
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ENGINES = ("vllm", "llama.cpp", "peft")
@@ -63,6 +64,8 @@ def _vllm(adapter: Adapter) -> Iterator[Finding]:
         yield Finding("refuses", "rows of new tokens (trainable_token_indices)", "export --to hf, which merges them")
     if any(f.is_embedding for f in adapter.factors.values()):
         yield Finding("refuses", "adapters on embeddings", "export --to hf, which merges them")
+    if any(f.num_experts for f in adapter.factors.values()):
+        yield Finding("refuses", "adapters on fused experts (target_parameters)", "export --to hf, which merges them")
     scales = {f.scale for f in adapter.factors.values()}
     ranks = {f.rank for f in adapter.factors.values()}
     if len(scales) > 1 or len(ranks) > 1 or adapter.config.get("alpha_pattern") or adapter.config.get("rank_pattern"):
@@ -86,6 +89,8 @@ def _llama_cpp(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
         yield Finding("refuses", "rows of new tokens (trainable_token_indices)", "export --to gguf, which merges them")
     if any(f.is_embedding for f in adapter.factors.values()):
         yield Finding("refuses", "adapters on embeddings", "export --to gguf, which merges them")
+    if any(f.num_experts for f in adapter.factors.values()):
+        yield Finding("refuses", "adapters on fused experts (target_parameters)", "export --to gguf, which merges them")
     if "lm_head" in adapter.factors and base.is_tied:
         yield Finding("refuses", "an adapter on a head that is tied to the embedding", "export --to gguf")
 
@@ -101,6 +106,8 @@ def fold(adapter: Adapter) -> Adapter:
     Smaller ranks are filled with zeros; scales other than the common one go into lora_B (exact for powers of two,
     otherwise one rounding in fp32).
     """
+    if fused := [name for name, f in adapter.factors.items() if f.num_experts]:
+        raise AdapterError(f"--fold cannot change {fused[0]}, whose experts are fused; merge the adapter instead.")
     rank = max(f.rank for f in adapter.factors.values())
     scales = [f.scale for f in adapter.factors.values()]
     common = max(set(scales), key=scales.count)

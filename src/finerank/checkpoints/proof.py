@@ -5,8 +5,8 @@
 
 The reference computes the adapter's branch beside the base (`y = W x + scale * B (A x)`), which shares no code with the
 merge: a wrong scale, a transposed factor or a tensor that was forgotten shows. Both run in fp32, so what is measured is
-the rounding of the merged weights alone. Where a branch cannot be computed beside the base (experts that the library
-holds fused, a resized vocabulary) the reference has the exact fp32 sums as weights, and the proof says so.
+the rounding of the merged weights alone. Where a branch cannot be computed beside the base (single experts that the
+library holds fused, a resized vocabulary) the reference has the exact fp32 sums as weights, and the proof says so.
 """
 
 import json
@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finerank.adapters.adapter_set import put_module
+from finerank.adapters.experts import Factors as ExpertFactors
+from finerank.adapters.experts import LoRAExperts, experts_modules
 from finerank.checkpoints.formats import hf
 from finerank.checkpoints.lora import Adapter, Factors
 from finerank.checkpoints.merge import merged_model, plan_merge
@@ -152,11 +155,31 @@ def _attach(model: Any, adapter: Adapter) -> bool:
         if not isinstance(old, Tensor) or old.shape != tensor.shape:
             return False
         setattr(modules[owner], leaf, nn.Parameter(tensor.float(), requires_grad=False))  # a tied twin keeps its own
+    if not _attach_experts(model, adapter):
+        return False
     for name, factors in adapter.factors.items():
+        if factors.num_experts:
+            continue
         module = modules.get(name)
         if module is None or not hasattr(module, "weight"):
             return False
         module.register_forward_hook(_embedding_hook(factors) if factors.is_embedding else _linear_hook(factors))
+    return True
+
+
+def _attach_experts(model: Any, adapter: Adapter) -> bool:
+    """Put changes beside fused experts; False where the model has none of that name."""
+    fused: dict[str, dict[str, ExpertFactors]] = {}
+    for name, f in adapter.factors.items():
+        if f.num_experts:
+            module, _, parameter = name.rpartition(".")
+            a, b = (nn.Parameter(t.float(), requires_grad=False) for t in (f.a_RI, f.b_OR))
+            fused.setdefault(module, {})[parameter] = ExpertFactors(a, b, f.scale)
+    there = experts_modules(model)
+    if not fused.keys() <= there.keys():
+        return False
+    for name, factors in fused.items():
+        put_module(model, name, LoRAExperts(there[name], factors))
     return True
 
 

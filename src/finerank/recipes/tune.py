@@ -110,7 +110,7 @@ def run(settings: Settings) -> int:
         plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
         begin(adapters, settings, plan, checkpoint, seed=settings.seed)
         local = begin_local(adapters, settings, plan, checkpoint, lr=settings.lr)
-        speed_up_B(adapters, settings.loraplus_lr_ratio)
+        speed_up_B(adapters, settings, lr=settings.lr)
         loop = TrainLoop(
             loaded.model,
             adapters,

@@ -150,10 +150,10 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: BaseModel) -> tuple[s
     """
     architecture, name_map, dims = _architecture(base.config)
     beside = adapter.is_dora or adapter.whole or adapter.rows
-    if beside or any(f.is_embedding or f.is_transposed for f in adapter.factors.values()):
+    if beside or any(f.is_embedding or f.is_transposed or f.num_experts for f in adapter.factors.values()):
         raise AdapterError(
-            f"{adapter.source} has parts that are no plain LoRA (DoRA, embeddings, new tokens, modules saved whole), "
-            "which llama.cpp would ignore; merge it and export --to gguf."
+            f"{adapter.source} has parts that are no plain LoRA (DoRA, embeddings, new tokens, fused experts, modules "
+            "saved whole), which llama.cpp would ignore; merge it and export --to gguf."
         )
     alpha = Counter(f.scale * f.rank for f in adapter.factors.values()).most_common(1)[0][0]
     writer = gguf.GGUFWriter(None, architecture)

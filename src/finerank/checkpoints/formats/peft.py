@@ -4,6 +4,7 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight      [O, R]
     base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector   [O]     DoRA
     base_model.model.model.embed_tokens.lora_embedding_A                [R, V]  (and _B [D, R])
+    base_model.model.model.layers.0.mlp.experts.lora_A.weight           [E R, I]  fused experts (`target_parameters`)
     base_model.model.lm_head.weight                                     a module saved whole
     base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta    rows [number of ids, D]
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finerank.adapters.experts import PARAMETERS, adapted_parameters, leaf
 from finerank.adapters.initial import check_base_unchanged
 from finerank.adapters.new_tokens import ROWS, rows_by_module
 from finerank.adapters.shapes import shape_of
@@ -103,7 +105,35 @@ def _assemble(
             )
         else:
             whole[_whole_name(name)] = tensor
-    return {module: _factors(config, module, part, folder) for module, part in sorted(parts.items())}, whole
+    experts = _take_experts(config, parts)
+    factors = {module: _factors(config, module, part, folder) for module, part in parts.items()}
+    for name, part in experts.items():
+        factors[name] = _expert_factors(config, name, part, folder)
+    return dict(sorted(factors.items())), whole
+
+
+def _take_experts(config: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Take the factors of fused experts out of `parts`; by parameter name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for module in sorted(
+        {m.replace(".base_layer", "") for m in parts if m.replace(".base_layer", "").endswith(".experts")}
+    ):
+        pairs = [m for m in sorted(parts, key=len) if m.replace(".base_layer", "") == module]
+        parameters = adapted_parameters(config, module, len(pairs))
+        for pair, parameter in zip(pairs, reversed(parameters), strict=True):
+            found[f"{module}.{parameter}"] = parts.pop(pair)
+    return found
+
+
+def _expert_factors(config: dict[str, Any], name: str, part: dict[str, Tensor], folder: Path) -> Factors:
+    a, b = part.get("lora_A"), part.get("lora_B")
+    shape = shape_of(config, name)
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % shape.rank:
+        raise AdapterError(
+            f"{folder}: the factors of {name} do not fit each other, or not the rank {shape.rank} of {CONFIG}; copy it "
+            "again."
+        )
+    return Factors(a, b, shape.scale, num_experts=a.shape[0] // shape.rank)
 
 
 def _whole_name(name: str) -> str:
@@ -135,7 +165,14 @@ def _factors(config: dict[str, Any], module: str, part: dict[str, Tensor], folde
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter into an existing folder: keys sorted, the same content gives the same bytes."""
     tensors: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
+    fused = {name for name, f in adapter.factors.items() if f.num_experts}
     for module, f in adapter.factors.items():
+        if f.num_experts:
+            owner, _, parameter = module.rpartition(".")
+            where = leaf(parameter, [p for p in PARAMETERS if f"{owner}.{p}" in fused])
+            tensors[f"{PREFIX}{owner}.{where}lora_A.weight"] = f.a_RI
+            tensors[f"{PREFIX}{owner}.{where}lora_B.weight"] = f.b_OR
+            continue
         infix, suffix = ("lora_embedding_", "") if f.is_embedding else ("lora_", ".weight")
         tensors[f"{PREFIX}{module}.{infix}A{suffix}"] = f.a_RI
         tensors[f"{PREFIX}{module}.{infix}B{suffix}"] = f.b_OR
