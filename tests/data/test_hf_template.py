@@ -77,6 +77,55 @@ def test_a_thought_that_only_the_last_answer_shows():
     assert text.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
+ENDS = (  # as GPT-OSS and Phi 3: the last answer ends otherwise than earlier ones
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}{{ '=' + m.content }}"
+    "{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def trained_text(template: Template, messages: list[dict[str, str]]) -> str:
+    rendered = template.render(as_conversation(messages))
+    tokenizer = template.encoder.tokenizer
+    assert rendered.ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    return tokenizer.decode([i for i in rendered.labels if i >= 0])
+
+
+def test_an_end_token_that_only_the_last_answer_has():
+    first, last = (m["content"] for m in talk(2) if m["role"] == "assistant")
+    assert trained_text(with_template(ENDS), talk(2)) == f"={first}<|im_end|>={last}<|endoftext|>"
+
+
+def test_an_answer_marked_in_two_parts_is_one():
+    parts = MARKED.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgeneration %}{% generation %}<|im_end|>{% endgen", 1)
+    assert parts != MARKED
+    assert trained_text(with_template(parts), talk(2)) == trained_text(with_template(MARKED), talk(2))
+
+
+def test_only_trained_answers_must_be_found():
+    prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n'"
+    thoughtful = THINKING.replace(prompt, prompt + " + '<think>\n\n</think>\n\n'")
+    assert thoughtful != THINKING
+    template = with_template(thoughtful)
+    with pytest.raises(DataError, match=r"not a prefix.*--mask-history"):
+        template.render(as_conversation(talk(2)))
+    *before, last = as_conversation(talk(2)).messages
+    masked = tuple(Message(role=m.role, content=m.content) for m in before)
+    rendered = template.render(Conversation(messages=(*masked, last)))
+    trained = template.encoder.tokenizer.decode([i for i in rendered.labels if i >= 0])
+    assert trained == f"{last.content}<|im_end|>"
+
+
+def test_answers_without_an_end_token_are_warned_about(caplog: pytest.LogCaptureFixture):
+    with_template(CHAT_TEMPLATE)
+    assert not caplog.records
+    with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    assert "does not learn to stop" in caplog.text and "--append-eod" in caplog.text
+
+
 def test_a_template_whose_answers_cannot_be_found_is_refused():
     reversed_order = CHAT_TEMPLATE.replace("in messages", "in messages[::-1]")
     with pytest.raises(DataError, match=r"not a prefix.*--prompt-type"):

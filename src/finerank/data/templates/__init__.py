@@ -123,7 +123,13 @@ def load_template(settings: TemplateSettings, tokenizer: Any) -> Template:
             "This tokenizer has no chat template; name one with --prompt-type, e.g. --prompt-type alpaca."
         )
     if has_own and settings.hf_chat_template is not False:
-        return HFTemplate(encoder, enable_thinking=settings.enable_thinking)
+        own = HFTemplate(encoder, enable_thinking=settings.enable_thinking)
+        if not own.ends_answers:
+            logger.warning(
+                "the tokenizer's chat template puts no end token after an answer, so a model trained with it does not "
+                "learn to stop; give --prompt-type with the model's template, or --append-eod"
+            )
+        return own
     if settings.enable_thinking != "none":
         raise ConfigError("--enable-thinking needs a template that can think; give --prompt-type qwen3, for example.")
     return NoTemplate(encoder, registry.names(__name__))

@@ -3,14 +3,15 @@
 The template is a Jinja program; `transformers` runs it in a sandbox. Answers are found in one of two ways:
 
     {% generation %} markers     the template says itself what the assistant writes
-    prefixes                     the conversation up to an answer, with the generation prompt, must be a prefix of the
-                                 whole; what follows it up to the next turn is the answer with its end token
+    prefixes                     the conversation up to a trained answer, with the generation prompt, must be a prefix
+                                 of the whole; what follows it up to the next turn is the answer with its end token
 
 A template for which neither holds is refused: a mask that is guessed would train on the wrong tokens. What is trained
 ends with the answer's end token; a line break after it belongs to the next turn.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class HFTemplate(Template):
         self._ends = re.compile("(" + ("|".join(map(re.escape, encoder.special_tokens)) or "(?!)") + r")\s*\Z")
         told = f"hf 1 {self.source} {json.dumps(self.options)} {encoder.allow_special_tokens} {encoder.digest}"
         self.digest = hashlib.sha256(told.encode()).hexdigest()
+        self.ends_answers = False
         self.stop_ids = self._probe()
 
     def __getstate__(self) -> dict[str, object]:
@@ -55,8 +57,11 @@ class HFTemplate(Template):
     def turns(self, conversation: Conversation) -> list[Turn]:
         messages = self._as_dicts(conversation.messages)
         tools = json.loads(conversation.tools) if conversation.tools else None
-        text, spans = self._marked(messages, tools) if self.has_markers else self._proved(messages, tools)
         trained = [m.trained for m in conversation.messages if m.role in ("assistant", "function")]
+        if not self.has_markers:
+            text, spans = self._proved(messages, tools, trained)
+            return self._cut(text, spans, [True] * len(spans))
+        text, spans = self._marked(messages, tools)
         if len(spans) != len(trained):
             raise BadRow("the chat template does not show each answer once")
         return self._cut(text, spans, trained)
@@ -96,17 +101,23 @@ class HFTemplate(Template):
         except Exception as error:
             raise BadRow(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
         texts, spans = rendered
-        return texts[0], [(int(a), int(b)) for a, b in spans[0]]
+        joined: list[Span] = []
+        for start, end in spans[0]:
+            if joined and joined[-1][1] == start:  # an answer and its end token, marked each by itself
+                start = joined.pop()[0]
+            joined.append((int(start), int(end)))
+        return texts[0], joined
 
-    def _proved(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+    def _proved(self, messages: list[dict[str, Any]], tools: Any, trained: Sequence[bool]) -> tuple[str, list[Span]]:
+        """The whole text, and where the trained answers are in it."""
         whole = self._render(messages, tools)
         spans: list[Span] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in itertools.compress(answers, trained):
             prompt = self._render(messages[:i], tools, prompt=True)
             if not whole.startswith(prompt):
-                raise BadRow("the chat template's prompt is not a prefix of the whole conversation")
+                hint = "; --mask-history trains the last answer only" if len(spans) + 1 < sum(trained) else ""
+                raise BadRow("the chat template's prompt is not a prefix of the whole conversation" + hint)
             end = len(whole) if i == len(messages) - 1 else self._end(whole, prompt, messages, i, tools)
             spans.append((len(prompt), end))
         return whole, spans
@@ -124,6 +135,13 @@ class HFTemplate(Template):
             match = self._special_at(after, len(text)) if text and after.startswith(text) else None
             if match is not None:
                 return len(prompt) + match
+        # Some end the last answer with another token than earlier ones.
+        ended = self._ends.search(answered)
+        body = answered[: ended.start(1)] if ended else ""
+        if body.startswith(prompt) and whole.startswith(body) and not self._ends.search(body, len(prompt)):
+            match = self._special_at(whole, len(body))
+            if match is not None:
+                return match
         raise BadRow("the chat template changes earlier answers, so the trained tokens cannot be found")
 
     def _special_at(self, text: str, at: int) -> int | None:
@@ -195,4 +213,5 @@ class HFTemplate(Template):
         eos = self.encoder.tokenizer.eos_token_id
         special = {self.encoder.tokenizer.convert_tokens_to_ids(t) for t in self.encoder.special_tokens}
         ends = [i for turn in encoded for i in turn.target[-1:] if i in special]
+        self.ends_answers = bool(ends)
         return tuple(dict.fromkeys(int(i) for i in [eos, *ends] if i is not None))
