@@ -1,121 +1,103 @@
 """The study of local learning: full LoRA, frozen lower layers, and each local rule, at equal steps and equal time.
 
-    python benchmarks/lu_lora.py run --data rows.json --out results/lu_lora             # all cells; stop it at any time
-    python benchmarks/lu_lora.py run --data rows.json --out results/lu_lora --methods lora frozen feedback --shares 0.4
-    python benchmarks/lu_lora.py run --data rows.json --out results/lu_lora --equal-time    # LoRA with as much time
-    python benchmarks/lu_lora.py table --out results/lu_lora
+    python benchmarks/lu_lora.py run --data rows.json --out study                    # all cells; stop it at any time
+    python benchmarks/lu_lora.py run --data rows.json --out study --methods lora frozen feedback --shares 0.4
+    python benchmarks/lu_lora.py steps --data rows.json --out study --threads 2      # seconds and memory of a step
+    python benchmarks/lu_lora.py table --out study
 
-A cell is one (method, share of local layers, seed). Each is a `finerank tune` of its own, so its run folder shows
-everything; its numbers are kept in CELL.json, and cells that have one are not run again. `--equal-time` adds, for each
-finished local cell, a run of full LoRA with the number of steps that takes the same time.
+A cell is one (method, share of local layers, seed): a `finerank tune` of its own over one epoch, with the last 80 rows
+held out, in a run folder of its own. A cell that was stopped goes on where it was, and one that is finished is not run
+again; the most telling cells come first. `steps` times one optimizer step of every method in turn, in one process, so
+that a busy machine hurts all alike, and counts the bytes that a micro-batch keeps for its backward pass (saved tensors
+and local signals, no weights); it needs an otherwise idle machine.
 
-Reported: held-out loss at the end, median step time of the last three quarters, peak memory of the process, and bytes
-kept for the backward pass of one micro-batch ("activations", at the default ranks). Run it on an otherwise idle
-machine: seconds are wall clock.
+The learning rate is constant, so LoRA's loss "at equal time" is read off its curve, at the step that it reaches in the
+time of the other's whole run (linear between evaluations).
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 METHODS = ("lora", "frozen", "feedback", "mindspeed", "oja")
-SHARES = (0.2, 0.375, 0.6, 0.8)
+SHARES = (0.4, 0.6, 0.2, 0.8)
+HELD_OUT = 80
+STUDY = "--seq-length 128 --global-batch-size 16 --micro-batch-tokens 2048 --lr 5e-4 --lr-decay-style constant"
+STUDY += " --lora-r 16 --lora-alpha 16 --eval-interval 8 --save-interval 4 --no-keep-best --no-share-prompts"
 
 
 def main() -> None:
-    """Run cells, or print the table of those that are there."""
+    """Run cells, time steps, or print the table of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.epilog = "Flags after -- go to every tune run, e.g. -- --lr 5e-4"
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of run folders and CELL.json files")
-    parser.add_argument("--data", help="rows; a tenth is held out")
+    parser.epilog = f"Flags after -- go to every tune run, after {STUDY}"
+    parser.add_argument("what", choices=("run", "steps", "table"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of run folders")
+    parser.add_argument("--data", help="rows")
     parser.add_argument("--load", default="smollm2-135m")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the layers that are local")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2, 3))
-    parser.add_argument("--steps", type=int, help="default: one epoch")
-    parser.add_argument("--equal-time", action="store_true")
-    own, tune = sys.argv[1:], []
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="steps: timed steps of each method, after one for warming"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    own, args_of_tune = sys.argv[1:], []
     if "--" in own:
-        own, tune = own[: own.index("--")], own[own.index("--") + 1 :]
+        own, args_of_tune = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
-    args.tune = tune
-    if args.what == "table":
-        print(table([json.loads(p.read_text()) for p in sorted(args.out.glob("*.json"))]))
-        return
-    if not args.data:
-        parser.error("run needs --data")
+    args.tune = args_of_tune
+    if args.what != "table" and not args.data:
+        parser.error(f"{args.what} needs --data")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.equal_time:
-        for cell in equal_time_cells(args):
-            run_cell(args, **cell)
+    if args.what == "run":
+        for seed in args.seeds:
+            for share in (0.0, *args.shares):
+                for method in args.methods:
+                    if (method == "lora") == (share == 0.0):
+                        run_cell(args, method=method, share=share, seed=seed)
+    elif args.what == "steps":
+        time_steps(args)
+    else:
+        print(table(args.out))
+
+
+def cell_name(method: str, share: float, seed: int) -> str:
+    """The run folder's name."""
+    return f"{method}-{100 * share:g}-seed{seed}"
+
+
+def run_cell(args: argparse.Namespace, *, method: str, share: float, seed: int) -> None:
+    """One tune run, from where it is to its end."""
+    folder = args.out / cell_name(method, share, seed)
+    if (folder / "results.json").exists():
         return
-    for seed in args.seeds:
-        for method in args.methods:
-            for share in (0.0,) if method == "lora" else args.shares:
-                run_cell(args, method=method, share=share, seed=seed, steps=args.steps)
-
-
-def cell_name(method: str, share: float, seed: int, of: str | None = None) -> str:
-    """The cell's file and run-folder name."""
-    return f"{method}-{100 * share:g}-seed{seed}" + (f"-time-of-{of}" if of else "")
-
-
-def equal_time_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs of full LoRA that take as long as each finished local cell."""
-    done = {p.stem: json.loads(p.read_text()) for p in args.out.glob("*.json")}
-    cells = []
-    for name, cell in sorted(done.items()):
-        full = done.get(cell_name("lora", 0.0, cell["seed"]))
-        if cell["method"] not in args.methods or cell["method"] == "lora" or full is None:
-            continue
-        steps = round(cell["num_steps"] * cell["step_seconds"] / full["step_seconds"])
-        cells.append({"method": "lora", "share": 0.0, "seed": cell["seed"], "steps": steps, "of": name})
-    return cells
-
-
-def run_cell(
-    args: argparse.Namespace, *, method: str, share: float, seed: int, steps: int | None, of: str | None = None
-) -> None:
-    """One tune run and its CELL.json; nothing when that is there."""
-    name = cell_name(method, share, seed, of)
-    target = args.out / f"{name}.json"
-    if target.exists():
-        return
-    flags = ["--load", args.load, "--data-path", args.data, "--val-set-size", "0.1", "--seed", str(seed)]
-    flags += ["--output-dir", str(args.out / name), "--overwrite-output-dir", "--no-keep-best", *args.tune]
-    flags += ["--train-iters", str(steps)] if steps else []
-    num_layers = count_layers(args.load)
-    last = max(round(share * num_layers), 1) - 1 if method != "lora" else None
-    if last is not None:
+    num_rows = len(json.loads(Path(args.data).read_text(encoding="utf-8")))
+    flags = [
+        "--load",
+        args.load,
+        "--data-path",
+        args.data,
+        "--split",
+        f"{num_rows - HELD_OUT},{HELD_OUT},0",
+        *STUDY.split(),
+    ]
+    flags += ["--seed", str(seed), "--threads", str(args.threads), "--output-dir", str(folder), "--resume", "auto"]
+    if method != "lora":
+        last = last_local(count_layers(args.load), share)
         flags += ["--lu-lora-final-layer-index", str(last), "--lu-lora-rule", method]
-    started = time.time()
-    subprocess.run([sys.executable, "-m", "finerank", "tune", *flags], check=True)
-    rows = [json.loads(line) for line in (args.out / name / "metrics.jsonl").read_text().splitlines()]
-    taken = [row for row in rows if row.get("step_seconds")]
-    cell = {
-        "method": method,
-        "share": share,
-        "seed": seed,
-        "equal_time_of": of,
-        "final_layer_index": last,
-        "num_layers": num_layers,
-        "num_steps": len(taken),
-        "first_eval_loss": next(row["eval_loss"] for row in rows if row.get("eval_loss") is not None),
-        "eval_loss": [row["eval_loss"] for row in rows if row.get("eval_loss") is not None][-1],
-        "step_seconds": statistics.median(row["step_seconds"] for row in taken[len(taken) // 4 :]),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in taken),
-        "activation_bytes": activation_bytes(args.load, last, method),
-        "wall_seconds": time.time() - started,
-        "flags": flags,
-    }
-    target.write_text(json.dumps(cell, indent=2) + "\n")
-    print(f"{name}: held-out loss {cell['eval_loss']:.4f}, {cell['step_seconds']:.2f} s/step", flush=True)
+    subprocess.run([sys.executable, "-m", "finerank", "tune", *flags, *args.tune], check=True)
+
+
+def last_local(num_layers: int, share: float) -> int:
+    """K for a share of local layers."""
+    return max(round(share * num_layers), 1) - 1
 
 
 def count_layers(load: str) -> int:
@@ -128,85 +110,195 @@ def count_layers(load: str) -> int:
     return AutoConfig.from_pretrained(find_model(ModelSettings(load=load)).folder).get_text_config().num_hidden_layers
 
 
-def activation_bytes(load: str, last: int | None, method: str, *, num_tokens: int = 1024) -> int:
-    """Bytes that one packed micro-batch keeps for its backward pass: saved tensors and local signals, no weights."""
+def time_steps(args: argparse.Namespace) -> None:
+    """Seconds of an optimizer step of each method in turn, and bytes kept; into steps.json."""
+    import torch
+
+    from finerank.models.runtime import tune_runtime
+
+    tune_runtime(num_threads=args.threads)
+    torch.set_num_threads(args.threads)
+    num_layers = count_layers(args.load)
+    cells = [("lora", 0.0)] if "lora" in args.methods else []
+    cells += [(method, share) for share in args.shares for method in args.methods if method != "lora"]
+    steppers = {
+        f"{method} {share:g}": make_stepper(args, method, last_local(num_layers, share) if share else None)
+        for method, share in cells
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    kept: dict[str, int] = {}
+    for step in range(args.rounds + 1):
+        for name, stepper in steppers.items():
+            start = time.perf_counter()
+            kept[name] = max(kept.get(name, 0), stepper(step, step == 0))
+            if step:
+                seconds[name].append(time.perf_counter() - start)
+    found = {n: {"step_seconds": statistics.median(seconds[n]), "activation_bytes": kept[n]} for n in steppers}
+    (args.out / "steps.json").write_text(json.dumps(found, indent=2) + "\n")
+    lora = found.get("lora 0")
+    for name, cell in found.items():
+        ratio = ""
+        if lora is not None:
+            times, bytes_ = (
+                cell["step_seconds"] / lora["step_seconds"],
+                cell["activation_bytes"] / lora["activation_bytes"],
+            )
+            ratio = f"  {times:.2f}x LoRA's step, {bytes_:.2f}x its activations"
+        print(f"{name:>15}: {cell['step_seconds']:.2f} s, {cell['activation_bytes'] / 2**20:.1f} MiB{ratio}")
+
+
+def make_stepper(args: argparse.Namespace, method: str, last: int | None) -> Callable[[int, bool], int]:
+    """A model of its own, and what runs one optimizer step on it; it returns the bytes kept, where they are counted."""
     import torch
 
     from finerank.adapters.inject import inject_adapters
     from finerank.adapters.lu_lora import start_local_learning
     from finerank.adapters.settings import AdapterSettings
+    from finerank.data.dataset import load_splits
+    from finerank.data.loader import BatchPlan
+    from finerank.data.settings import DataSettings
+    from finerank.data.templates import load_template
     from finerank.models.attention import use_packed_attention
-    from finerank.models.forward import loss_sum, verified_head
+    from finerank.models.forward import verified_head
+    from finerank.models.fused.fuse import fuse
     from finerank.models.load import load_model
     from finerank.models.settings import ModelSettings
+    from finerank.train.held_out import batch_loss_sum
+    from finerank.train.optim import build_optimizer, clip_gradients
+    from finerank.train.settings import TrainSettings
+    from finerank.train.start import forward_passes
 
-    model = load_model(ModelSettings(load=load)).model
+    loaded = load_model(ModelSettings(load=args.load))
+    model = loaded.model
     use_packed_attention(model)
-    settings = AdapterSettings()
-    if last is not None:
-        settings = AdapterSettings(lu_lora_final_layer_index=last, lu_lora_rule=method)
-    adapters = inject_adapters(model, settings, seed=0)
-    local = start_local_learning(adapters, settings, lr=1e-4, seed=0)
+    fuse(model)
+    local_settings = {} if last is None else {"lu_lora_final_layer_index": last, "lu_lora_rule": method}
+    settings = AdapterSettings(lora_r=16, lora_alpha=16, **local_settings)  # type: ignore[arg-type]
+    data = DataSettings(data_path=[args.data], seq_length=128, global_batch_size=16, micro_batch_tokens=2048)
+    splits = load_splits(data, loaded.tokenizer, load_template(data, loaded.tokenizer), seed=1)
+    plan = BatchPlan(splits.train, data, seed=1, num_epochs=1, pad_token_id=loaded.tokenizer.pad_token_id or 0)
+    adapters = inject_adapters(model, settings, seed=1)
     verified_head(model)
-    model.train()
-    if local is not None:
-        local.begin_step(10**6)  # past what a rule does in its first steps only
+    local = start_local_learning(adapters, settings, lr=5e-4, seed=1, passes=lambda: forward_passes(model, plan))
+    named = [(n, p) for n, p in adapters.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(named, TrainSettings(lr=5e-4), lr_ratios=adapters.lr_ratios)
     fixed = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def step(number: int, counts: bool) -> int:
+        model.train()
+        if local is not None:
+            local.begin_step(number)
+        most = 0
+        for batch in plan.micro_batches(number):
+            kept = Kept(fixed) if counts else None
+            if kept is not None and local is not None:
+                kept.watch(local.rule)
+            with torch.autograd.graph.saved_tensors_hooks(kept.keep if kept else _same, _same):
+                loss = batch_loss_sum(model, batch)
+            most = max(most, kept.total() if kept else 0)
+            (loss / 1000).backward()
+        clip_gradients([p for _, p in named], 1.0)
+        optimizer.step()
+        if local is not None:
+            local.apply_local_update(lr_factor=1.0)
+        optimizer.zero_grad(set_to_none=True)
+        return most
+
+    return step
+
+
+def _same(tensor: Any) -> Any:
+    return tensor
+
+
+class Kept:
+    """Counts what one micro-batch keeps between its forward and its backward pass."""
+
+    def __init__(self, fixed: set[int]):
+        """`fixed`: storages that are there anyway."""
+        self.fixed, self.sizes = fixed, dict[int, int]()
+        self.tensors: list[Any] = []
+
+    def keep(self, tensor: Any) -> Any:
+        """A tensor that autograd saves."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in self.fixed:
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+            self.tensors.append(tensor)  # so that no other tensor gets its place
         return tensor
 
-    ids = torch.arange(num_tokens, device=model.device)[None] % 300 + 5
-    borders = torch.tensor([0, num_tokens // 2, num_tokens], dtype=torch.int32, device=model.device)
-    positions = torch.arange(num_tokens, device=model.device)[None] % (num_tokens // 2)
-    signals: list[torch.Tensor] = []
-    if local is not None:
-        take = local.rule.take_signals
-        local.rule.take_signals = lambda: (taken := take(), signals.extend(taken.values()))[0]  # type: ignore[method-assign]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = loss_sum(model, ids, ids.roll(-1, 1), positions, cu_seqlens=borders)
-    total = sum(kept.values()) + sum(s.numel() * s.element_size() for s in signals)
-    loss.backward()
-    return total
+    def watch(self, rule: Any) -> None:
+        """Count the signals that the rule's next micro-batch keeps."""
+        take = type(rule).take_signals
+
+        def taken() -> Any:
+            signals = take(rule)
+            for signal in signals.values():
+                self.keep(signal)
+            return signals
+
+        rule.take_signals = taken
+
+    def total(self) -> int:
+        """Bytes; lets go of the tensors."""
+        self.tensors.clear()
+        return sum(self.sizes.values())
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown, one line for each method and share; mean and spread over seeds, share of freezing's loss won back."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    shorter = {c["equal_time_of"]: c["eval_loss"] for c in cells if c["equal_time_of"]}
+def read_cells(out: Path) -> list[dict[str, Any]]:
+    """What the run folders say: method, share, seed, steps finished, and the curve of the held-out loss."""
+    cells = []
+    for folder in sorted(out.glob("*-seed*")):
+        if not (folder / "metrics.jsonl").exists():
+            continue
+        method, share, seed = folder.name.split("-")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curve = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+        is_done = (folder / "results.json").exists()
+        cells.append({"method": method, "share": share, "seed": seed, "curve": curve, "done": is_done})
+    return cells
+
+
+def table(out: Path) -> str:
+    """Markdown: a line for each method and share; mean and spread over seeds, share of freezing's loss won back."""
+    timed = json.loads((out / "steps.json").read_text()) if (out / "steps.json").exists() else {}
+    cells = [cell for cell in read_cells(out) if cell["done"]]
+    full = {c["seed"]: c["curve"] for c in cells if c["method"] == "lora"}
+    frozen = {(c["share"], c["seed"]): c["curve"][-1][1] for c in cells if c["method"] == "frozen"}
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for cell in cells:
-        if not cell["equal_time_of"]:
-            groups.setdefault((cell["method"], cell["share"]), []).append(cell)
-    full = {c["seed"]: c for c in cells if c["method"] == "lora" and not c["equal_time_of"]}
-    frozen = {(c["share"], c["seed"]): c["eval_loss"] for c in cells if c["method"] == "frozen"}
+        groups.setdefault((float(cell["share"]), cell["method"]), []).append(cell)
+    lora = timed.get("lora 0")
     lines = [
-        "| local | method | held-out loss | spread | won back | LoRA, equal time | step | activations | peak memory |",
+        "| local | method | seeds | held-out loss | spread | won back | LoRA at equal time | step | activations |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (method, share), group in sorted(groups.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0]))):
-        losses = [c["eval_loss"] for c in group]
-        won, steps, kept, peak, equal = [], [], [], [], []
+    for (share, method), group in sorted(groups.items(), key=lambda item: (item[0][0], METHODS.index(item[0][1]))):
+        step = timed.get(f"{method} {share / 100:g}")
+        times = step["step_seconds"] / lora["step_seconds"] if step and lora else None
+        kept = step["activation_bytes"] / lora["activation_bytes"] if step and lora else None
+        losses = [c["curve"][-1][1] for c in group]
+        won, equal = [], []
         for c in group:
-            lora, control = full.get(c["seed"]), frozen.get((share, c["seed"]))
-            if lora is None:
-                continue
-            if control is not None and control != lora["eval_loss"]:
-                won.append((control - c["eval_loss"]) / (control - lora["eval_loss"]))
-            steps.append(c["step_seconds"] / lora["step_seconds"])
-            kept.append(c["activation_bytes"] / lora["activation_bytes"])
-            peak.append(c["peak_memory_bytes"] / lora["peak_memory_bytes"])
-            if (name := cell_name(method, share, c["seed"])) in shorter:
-                equal.append(shorter[name])
+            control = frozen.get((c["share"], c["seed"]))
+            if c["seed"] in full and control is not None:
+                won.append((control - c["curve"][-1][1]) / (control - full[c["seed"]][-1][1]))
+            if c["seed"] in full and times is not None:
+                equal.append(loss_at(full[c["seed"]], times * c["curve"][-1][0]))
         lines.append(
-            f"| {share:.0%} | {method} | {statistics.mean(losses):.4f} | {max(losses) - min(losses):.4f} | "
-            f"{_mean(won, '.0%')} | {_mean(equal, '.4f')} | {_mean(steps, '.2f')} | {_mean(kept, '.2f')} | "
-            f"{_mean(peak, '.2f')} |"
+            f"| {share:g}% | {method} | {len(group)} | {statistics.mean(losses):.4f} | "
+            f"{max(losses) - min(losses):.4f} | {_mean(won, '.0%')} | {_mean(equal, '.4f')} | "
+            f"{'-' if times is None else format(times, '.2f')} | {'-' if kept is None else format(kept, '.2f')} |"
         )
-    return "\n".join(lines) + "\n\nStep, activations and peak memory are shares of full LoRA's with the same seed.\n"
+    return "\n".join(lines) + "\n\nStep and activations are shares of full LoRA's.\n"
+
+
+def loss_at(curve: list[tuple[int, float]], step: float) -> float:
+    """The held-out loss at a step, linear between evaluations."""
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if before <= step <= after:
+            return high + (low - high) * (step - before) / (after - before)
+    return curve[-1][1]
 
 
 def _mean(values: list[float], form: str) -> str:

@@ -192,7 +192,7 @@ class LocalLearning:
             rule: over the local linears.
             parameters: factors of all local layers.
             lr_a: peak learning rate of `lora_A`, for rules that apply it themselves.
-            lr_b: the same of `lora_B`.
+            lr_b: the same of `lora_B`, in the last local layer.
             freeze_after: optimizer steps after which nothing local learns any more; None for never.
             layers: decoder layers 0 to K.
         """
@@ -306,8 +306,11 @@ def start_local_learning(
             layer.dropout = 0.0
             logger.warning("--lora-dropout does not apply to local layers: %s", name)
     decoder[last].register_forward_hook(learning.at_boundary)
-    for layer in taught if rule.learns_by_optimizer else ():
-        adapters.lr_ratios[layer.lora_B] = learning.lr_b / lr if lr else 0.0
+    for name, layer in local.items() if rule.learns_by_optimizer else ():
+        if layer in taught:
+            depth = last - (_layer_index(name) or 0)
+            share = math.exp(-rule.decay_by_depth * depth)
+            adapters.lr_ratios[layer.lora_B] = share * learning.lr_b / lr if lr else 0.0
     if passes is not None:
         _start_from_data(adapters.model, learning, passes())
     logger.info(

@@ -29,6 +29,8 @@ class LocalRule(ABC):
     """Whether only linears that write into the residual stream can learn (o_proj, down_proj)."""
     default_ratio: ClassVar[float] = 24.0
     """Learning rate of `lora_B` over that of `lora_A`."""
+    decay_by_depth: ClassVar[float] = 0.0
+    """The optimizer's learning rate d layers below the last local one is multiplied by `exp(-decay_by_depth * d)`."""
     default_rank: ClassVar[int | None] = None
     """Rank of the local adapters where none is given, as far as a linear has so many features; None: as the others."""
     start_std: ClassVar[float] = 0.0

@@ -8,6 +8,9 @@ that writes into the stream (o_proj, down_proj):
     dB = g^T u               the gradient of B if the layers between were the identity
     B by the run's AdamW     summed over micro-batches, clipped with the rest
 
+The further below, the less g says (the cosine with the true gradient falls from about 0.5 to 0.1 over a dozen layers),
+so B's learning rate falls with the depth d below layer K, `exp(-0.1 d)`.
+
 A is set by the data and fixed: before the first step, the run's first rows pass through the local layers, and the
 leading components of each linear's inputs become its A (orthonormal rows). Checkpoints hold A, so a resumed run has no
 such pass. What a random A wins back is much less; see docs/methods/lu_lora.md.
@@ -41,6 +44,7 @@ class RULE(LocalRule):
     only_into_residual = True
     default_rank = 64
     default_ratio = 3.0
+    decay_by_depth = 0.1
 
     @torch.no_grad()
     def start(self, passes: Iterator[Pass]) -> None:
