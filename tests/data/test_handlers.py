@@ -97,6 +97,31 @@ BAD = [
 ]
 
 
+NEEDED = [
+    ("alpaca", {"instruction": "I"}, "output"),
+    ("alpaca", {"output": "A"}, "instruction"),
+    ("alpaca_pairwise", {"instruction": "I", "chosen": "A"}, "rejected"),
+    ("alpaca_pairwise", {"instruction": "I", "rejected": "A"}, "chosen"),
+    ("sharegpt", {"text": "T"}, "conversations"),
+    ("sharegpt_pairwise", {"conversations": turns("human"), "rejected": turns("gpt")[0]}, "chosen"),
+    ("messages", {"text": "T"}, "messages"),
+    ("prompt_completion", {"prompt": "P"}, "completion"),
+    ("prompt_completion", {"completion": "P"}, "prompt"),
+    ("pretrain", {"prompt": "P"}, "text"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "column"), NEEDED)
+def test_a_missing_column_is_named(name: str, row: dict[str, Any], column: str):
+    with pytest.raises(BadRow, match=f"^no column '{column}'$"):
+        make_handler(name).convert(row)
+
+
+def test_an_unknown_role_is_named_where_rows_are_told_apart():
+    with pytest.raises(ConfigError, match="Did you mean 'prompt'"):
+        detect_handler([{"q": "Q", "a": "A"}], map_keys={"promt": "q", "response": "a"})
+
+
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_bad_rows_say_why(row: dict[str, Any], reason: str):
     handler = detect_handler([row])

@@ -45,6 +45,12 @@ class Columns:
             raise BadRow(f"no column '{column}'")
         return row[column]
 
+    def need(self, row: Row, role: str, default: str) -> Any:
+        """The same for a role that every row must have: a missing column is a BadRow too."""
+        if role not in self.by_role and default not in row:
+            raise BadRow(f"no column '{default}'")
+        return self.get(row, role, default)
+
 
 @dataclass(frozen=True)
 class Handler:
@@ -125,7 +131,11 @@ def make_handler(name: str, *, map_keys: Mapping[str, Any] | None = None, mask_h
 def detect_handler(
     rows: Sequence[Row], *, map_keys: Mapping[str, Any] | None = None, mask_history: bool = False
 ) -> Handler | None:
-    """The handler of the first of `rows` that one of them knows; None when there is no such row."""
+    """The handler of the first of `rows` that one of them knows; None when there is no such row. Raises ConfigError."""
+    known = sorted({key for stem in registry.names(__name__) for key in _module(stem).KEYS})
+    for role in map_keys or {}:
+        if role not in known:
+            raise ConfigError("--map-keys: " + unknown_name("role", role, known))
     for row in rows:
         columns = dict(row)
         for role, column in (map_keys or {}).items():

@@ -27,7 +27,7 @@ def matches(row: Row) -> bool:
 def convert(row: Row, columns: Columns) -> Conversation:
     """The row as a conversation. Raises BadRow."""
     system, turns = prompt_turns(row, columns)
-    answer = answer_of(columns.get(row, "response", "output"))
+    answer = answer_of(columns.need(row, "response", "output"))
     turns.append(Message(role="assistant", content=answer, trained=True))
     return conversation_of(turns, system=system)
 
@@ -40,10 +40,7 @@ def prompt_turns(row: Row, columns: Columns) -> tuple[str, list[Message]]:
         turns = _history(columns.get(row, "history", "history"))
     if not columns.named or "system" in columns.by_role:
         system = optional_text(columns.get(row, "system", "system"), "system")
-    instruction = columns.get(row, "prompt", "instruction")
-    if instruction is None and "instruction" not in row and "prompt" not in columns.by_role:
-        raise BadRow("no column 'instruction'")
-    asked = text_of(instruction, "the instruction")
+    asked = text_of(columns.need(row, "prompt", "instruction"), "the instruction")
     given = optional_text(columns.get(row, "query", "input"), "the input")
     text = "\n".join(part for part in (asked, given) if part)
     if not text.strip():

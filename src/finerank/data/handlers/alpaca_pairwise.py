@@ -28,8 +28,8 @@ def convert(row: Row, columns: Columns) -> Conversation:
     if "instruction" not in row and "prompt" not in columns.by_role and isinstance(row.get("prompt"), str):
         columns = Columns({**columns.by_role, "prompt": "prompt"}, columns.named)
     system, turns = prompt_turns(row, columns)
-    chosen = answer_of(_first(columns.get(row, "chosen", "chosen")), "the chosen answer")
-    rejected = answer_of(_first(columns.get(row, "rejected", "rejected")), "the rejected answer")
+    chosen = answer_of(_first(columns.need(row, "chosen", "chosen")), "the chosen answer")
+    rejected = answer_of(_first(columns.need(row, "rejected", "rejected")), "the rejected answer")
     turns.append(Message(role="assistant", content=chosen, trained=True))
     worse = Message(role="assistant", content=rejected, trained=True)
     return conversation_of(turns, system=system, rejected=worse)

@@ -25,9 +25,7 @@ def matches(row: Row) -> bool:
 
 def convert(row: Row, columns: Columns) -> Conversation:
     """The row as a conversation. Raises BadRow."""
-    if "messages" not in columns.by_role and "messages" not in row:
-        raise BadRow("no column 'messages'")
-    listed = list_of(columns.get(row, "messages", "messages"), "messages")
+    listed = list_of(columns.need(row, "messages", "messages"), "messages")
     system = optional_text(columns.get(row, "system", "system"), "system")
     return conversation_of(
         [message_of(m) for m in listed], system=system, tools=tools_of(columns.get(row, "tools", "tools"))

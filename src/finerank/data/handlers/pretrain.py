@@ -7,7 +7,6 @@ A text longer than `--seq-length` becomes several samples.
 
 from finerank.data.handlers import Columns, Row
 from finerank.data.handlers._text import answer_of
-from finerank.data.rows import BadRow
 from finerank.data.types import Conversation, Message
 
 NAMES = ("GeneralPretrainHandler",)
@@ -25,7 +24,5 @@ def matches(row: Row) -> bool:
 
 def convert(row: Row, columns: Columns) -> Conversation:
     """The row as one text. Raises BadRow."""
-    if "text" not in columns.by_role and "text" not in row:
-        raise BadRow("no column 'text'")
-    text = answer_of(columns.get(row, "text", "text"), "the text")
+    text = answer_of(columns.need(row, "text", "text"), "the text")
     return Conversation(messages=(Message(role=ROLE, content=text, trained=True),))

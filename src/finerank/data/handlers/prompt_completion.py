@@ -23,8 +23,10 @@ def matches(row: Row) -> bool:
 
 def convert(row: Row, columns: Columns) -> Conversation:
     """The row as a conversation. Raises BadRow."""
-    prompt = columns.get(row, "prompt", "prompt")
-    completion = columns.get(row, "completion", "completion" if "completion" in row else "response")
+    prompt = columns.need(row, "prompt", "prompt")
+    completion = columns.need(
+        row, "completion", "response" if "response" in row and "completion" not in row else "completion"
+    )
     turns = _turns(prompt, "user") + _turns(completion, "assistant")
     return conversation_of(turns, system=optional_text(columns.get(row, "system", "system"), "system"))
 

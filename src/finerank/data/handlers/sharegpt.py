@@ -54,9 +54,7 @@ def convert(row: Row, columns: Columns) -> Conversation:
 
 def turns_of(row: Row, columns: Columns) -> list[Message]:
     """All turns of the row in order; shared with the pairwise form. Raises BadRow."""
-    if "messages" not in columns.by_role and "conversations" not in row:
-        raise BadRow("no column 'conversations'")
-    listed = list_of(columns.get(row, "messages", "conversations"), "conversations")
+    listed = list_of(columns.need(row, "messages", "conversations"), "conversations")
     return [turn_of(turn, columns.by_role.get("tags")) for turn in listed]
 
 

@@ -25,8 +25,8 @@ def matches(row: Row) -> bool:
 def convert(row: Row, columns: Columns) -> Conversation:
     """The row as a conversation with a rejected answer. Raises BadRow."""
     turns = turns_of(row, columns)
-    chosen = _answer(columns.get(row, "chosen", "chosen"), columns)
-    rejected = _answer(columns.get(row, "rejected", "rejected"), columns)
+    chosen = _answer(columns.need(row, "chosen", "chosen"), columns)
+    rejected = _answer(columns.need(row, "rejected", "rejected"), columns)
     return conversation_of(
         [*turns, chosen],
         system=optional_text(columns.get(row, "system", "system"), "system"),
