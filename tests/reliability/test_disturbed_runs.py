@@ -274,3 +274,23 @@ def test_a_process_without_a_main_thread_loop_ignores_nothing() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_save_in_the_background_yields_to_training_and_the_last_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("a thread has a priority of its own on Linux only")
+    real, seen = native.save_checkpoint, []
+
+    def save_checkpoint(folder: Path, **content: Any) -> None:
+        thread = threading.current_thread()
+        seen.append((thread is threading.main_thread(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        real(folder, **content)
+
+    monkeypatch.setattr(native, "save_checkpoint", save_checkpoint)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    stopped_at(tmp_path, 5, async_save=True, save_interval=2, keep_best=False)
+    assert len(seen) > 1 and seen[-1] == (True, own)
+    assert set(seen[:-1]) == {(False, max(own, 10))}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own

@@ -16,12 +16,14 @@ finished step, from which the same micro-batches follow again.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from finerank.checkpoints.native import Checkpoint, damage, drop_newer, read_checkpoint
 from finerank.data.types import Batch
@@ -80,6 +82,7 @@ class TrainLoop:
         lr_ratios: Mapping[Tensor, float] | None = None,
         local: LocalUpdate | None = None,
         after_write: Callable[[], None] = lambda: None,
+        around_step: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
     ):
         """
         Args:
@@ -95,12 +98,14 @@ class TrainLoop:
             lr_ratios: learning rate of a parameter over the run's, where it is not 1.
             local: learns beside the optimizer, once a step; its parameters are among the adapters', without gradient.
             after_write: called when trained parameters have new values, e.g. to round them into a bf16 model.
+            around_step: entered for the forward, backward and update of a step (counted from 0), e.g. to profile it.
         """
         self.model, self.plan, self.settings, self.folder, self.origin = model, plan, settings, folder, origin
         self.adapter_files, self.held_out, self.loss_function = adapter_files, held_out, loss_function
         self.named_parameters = dict(adapters.named_parameters())
         trained = {name: p for name, p in self.named_parameters.items() if p.requires_grad}
         self.parameters, self.local, self.after_write = list(trained.values()), local, after_write
+        self.around_step = around_step
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(trained.items(), settings, lr_ratios=lr_ratios)
         self.learning_rate = Schedule.of(settings, num_steps=plan.num_steps)
@@ -186,7 +191,8 @@ class TrainLoop:
                 if self.state.step >= self.plan.num_steps or self.state.stopped_early:
                     break
                 self.signals.check()
-                self._train_step()
+                with self.around_step(self.state.step):
+                    self._train_step()
             self._save()
             self.saver.wait()
         except StopSignal:
@@ -201,7 +207,8 @@ class TrainLoop:
     def _train_step(self) -> None:
         state, watch = self.state, Stopwatch()
         rows = self.plan.rows(state.step)
-        batches = self.plan.micro_batches(state.step)
+        with record_function("finerank::data"):
+            batches = self.plan.micro_batches(state.step)
         tokens, trained_tokens = sum(b.num_tokens for b in batches), sum(b.num_trained_tokens for b in batches)
         if trained_tokens == 0:
             raise DataError(f"No token is trained in step {state.step + 1} (rows {_listed(rows)}); correct those rows.")
@@ -211,7 +218,8 @@ class TrainLoop:
             self.local.begin_step(state.step)
         try:
             loss = self._accumulate(batches)
-            norm = clip_gradients(self.parameters, self.settings.clip_grad).item()
+            with record_function("finerank::optimizer"):
+                norm = clip_gradients(self.parameters, self.settings.clip_grad).item()
             is_finite = math.isfinite(loss) and math.isfinite(norm)
             if is_finite:
                 set_learning_rate(self.optimizer, lr)
@@ -334,6 +342,8 @@ class TrainLoop:
         self._last_save = time.monotonic()
 
     def _save_now(self) -> None:
+        """The last save of this process, within the grace time: by this thread, which has the full priority."""
+        self.saver.background = False
         self._save()
         self.saver.wait()
 

@@ -126,5 +126,6 @@ class Saver:
 def _yield_to_training() -> None:
     """Let this thread compute only while the threads of a step leave a core alone; whoever waits for it does."""
     if sys.platform == "linux":  # elsewhere a priority belongs to the process
+        me = threading.get_native_id()
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, me, max(10, os.getpriority(os.PRIO_PROCESS, me)))
