@@ -1,13 +1,14 @@
 """Low-rank changes of fused experts: PEFT's `target_parameters`, and a plain reference in float64."""
 
 import copy
+import json
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from peft_pair import IDS, check_pair, check_reading, grown
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from finerank.adapters.expert_products import Change, experts_output
@@ -224,8 +225,6 @@ def test_experts_of_another_form_are_refused():
     ],
 )
 def test_files_that_disagree_are_refused(tmp_path: Path, config: dict, words: str):
-    import json
-
     save_adapter(grown(tiny_model("mixtral"), lora_target_modules=BOTH), tmp_path, base_model_name="tiny")
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -240,4 +239,65 @@ def test_the_router_of_peft_is_refused(tmp_path: Path):
     model.save_pretrained(tmp_path)
     assert any("mlp.gate.lora_A" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     with pytest.raises(AdapterError, match=r"mlp\.gate"):
+        load_adapter(tiny_model("mixtral"), tmp_path)
+
+
+def single_experts(folder: Path, family: str, *, shared: bool = False) -> None:
+    """An adapter as PEFT wrote it where each expert's linears were modules, and as Megatron's local experts are."""
+    names = {"mixtral": "block_sparse_moe.experts.{}.{}", "qwen3_moe": "mlp.experts.{}.{}"}[family]
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    config = tiny_model(family).config
+    D, wide = config.hidden_size, getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    g = torch.Generator().manual_seed(3)
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            first_A = torch.randn(3, D, generator=g)
+            for name in (gate, up, down):
+                I, O = (wide, D) if name == down else (D, wide)  # noqa: E741
+                a = first_A if shared and name != down else torch.randn(3, I, generator=g)
+                prefix = f"base_model.model.model.layers.{layer}.{names.format(expert, name)}"
+                tensors[f"{prefix}.lora_A.weight"] = 0.2 * a
+                tensors[f"{prefix}.lora_B.weight"] = 0.2 * torch.randn(O, 3, generator=g)
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(3, D, generator=g)
+        tensors[f"{prefix}.lora_B.weight"] = 0.2 * torch.randn(32, 3, generator=g)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 3,
+        "lora_alpha": 5,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    folder.mkdir(exist_ok=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    text = json.dumps({**values, "target_modules": ["q_proj", gate, up, down]})
+    (folder / "adapter_config.json").write_text(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_adapters_of_single_experts_run_as_in_peft(tmp_path: Path, family: str, shared: bool):
+    single_experts(tmp_path / "single", family, shared=shared)
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "single").eval()
+    model = tiny_model(family)
+    adapters = load_adapter(model, tmp_path / "single", trainable=True)
+    save_adapter(adapters, tmp_path / "fused", base_model_name="tiny")
+    again = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "fused").eval()
+    with torch.no_grad():
+        ours, wanted = model(IDS).logits, theirs(IDS).logits
+        assert (ours - wanted).abs().max() < 2e-5
+        assert (again(IDS).logits - wanted).abs().max() < 2e-5
+        assert (ours - tiny_model(family)(IDS).logits).abs().max() > 0.05
+    ranks = {factors.lora_A.shape[0] // 4 for part in adapters.parts.values() for factors in part.factors.values()}
+    assert ranks == ({3} if shared else {3, 6})
+
+
+def test_single_experts_that_differ_are_refused(tmp_path: Path):
+    single_experts(tmp_path, "mixtral")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {name: t for name, t in tensors.items() if "layers.1.block_sparse_moe.experts.2.w2" not in name}
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"does not adapt all experts of model\.layers\.1\.mlp\.experts alike"):
         load_adapter(tiny_model("mixtral"), tmp_path)

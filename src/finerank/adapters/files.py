@@ -36,6 +36,7 @@ from finerank.adapters.initial import check_base_unchanged
 from finerank.adapters.inject import NEWER_KEYS, new_config, place_adapters
 from finerank.adapters.new_tokens import rows_by_module
 from finerank.adapters.parts import pair_names
+from finerank.adapters.single_experts import join_single_experts
 from finerank.adapters.targets import GROUPS, Target, linear_names
 from finerank.errors import AdapterError
 from finerank.files import replace_file
@@ -154,6 +155,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
             )
     tensors, metadata = _read_tensors(folder / TENSORS)
     found = sort_tensors(tensors, folder)
+    config = join_single_experts(model, found, config, folder)
     experts = take_experts(model, found, config)
     embedding, _ = pair_names(model)
     modules = [name for name, _ in model.named_modules()]

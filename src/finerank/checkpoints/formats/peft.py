@@ -12,6 +12,7 @@ Reference: `peft.utils.save_and_load.get_peft_model_state_dict`.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def _factors(config: dict[str, Any], module: str, part: dict[str, Tensor], folde
     return Factors(a, b, shape.scale, magnitude, is_embedding=is_embedding, is_transposed=transposed)
 
 
-def write_adapter(adapter: Adapter, folder: Path) -> None:
+def write_adapter(adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write an adapter into an existing folder: keys sorted, the same content gives the same bytes."""
     tensors: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
     fused = {name for name, f in adapter.factors.items() if f.num_experts}
@@ -181,7 +182,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     tensors |= {f"{PREFIX}{module}.{ROWS}": rows.values_ND for module, rows in adapter.rows.items()}
     tensors = dict(sorted(tensors.items()))
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with SafetensorsWriter(folder / TENSORS, infos) as writer:
+    with SafetensorsWriter(folder / TENSORS, infos, metadata={"format": "pt", **(metadata or {})}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     write_json(folder / CONFIG, adapter.config)
