@@ -24,6 +24,7 @@ from finerank.adapters.settings import AdapterSettings
 from finerank.data.types import Batch
 from finerank.errors import AdapterError, ConfigError
 from finerank.models.forward import verified_head
+from finerank.train.fit import peak_bytes
 from finerank.train.held_out import batch_loss_sum
 from finerank.train.loop import TrainLoop
 from finerank.train.settings import TrainSettings
@@ -241,6 +242,20 @@ class TestFeedback:
         local.begin_step(0)
         backward(model, batch(0))
         assert called[2] > 0
+
+    def test_the_pass_for_A_takes_less_memory_than_a_step(self):
+        model = tiny_model("llama", num_hidden_layers=NUM_LAYERS).requires_grad_(False)
+        settings = AdapterSettings(lora_r=4, lu_lora_r=8, lu_lora_final_layer_index=1)
+        adapters = inject_adapters(model, settings, seed=1)
+        one = batch(0, rows=16, length=64)
+        passes = passes_of(model, one)
+        started: list[LocalLearning | None] = []
+        start = peak_bytes(
+            lambda: started.append(start_local_learning(adapters, settings, lr=1e-2, seed=1, passes=lambda: passes))
+        )
+        assert started[0] is not None
+        started[0].begin_step(0)
+        assert start < peak_bytes(lambda: backward(model, one))
 
     def test_own_rank_is_bounded_by_the_linear_and_yields_to_patterns(self):
         """The default of 64 is more than these linears have; a pattern of the user's goes before, with its scale."""
