@@ -105,7 +105,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 def brings_tokens(folder: Path) -> bool:
     """The adapter has tokens that its base may lack: it trains rows, or whole matrices, and has its own tokenizer."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return False
     config = read_adapter_config(folder)
     return bool(config.get("trainable_token_indices") or config.get("modules_to_save"))

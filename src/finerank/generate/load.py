@@ -13,7 +13,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finerank.adapters.files import brings_tokens, load_adapter, read_adapter_config
+from finerank.adapters.files import brings_tokens, read_adapter_config
+from finerank.checkpoints.place import is_megatron, place_adapter
 from finerank.data.settings import TemplateSettings
 from finerank.data.templates import Template, load_template
 from finerank.errors import AdapterError, ConfigError, DataError, ModelError
@@ -37,7 +38,7 @@ def load_generator(settings: GeneratorSettings) -> Generator:
     adapter = find_adapter(settings)
     loaded = _load_base(settings, adapter)
     if adapter is not None:
-        load_adapter(loaded.model, adapter)
+        place_adapter(loaded.model, adapter)
         _warn_of_another_base(adapter, loaded)
     folders = [folder for folder in (adapter, loaded.source.path) if folder is not None]
     return Generator(loaded.model, loaded.tokenizer, stored_template(settings, loaded.tokenizer, folders))
@@ -60,7 +61,7 @@ def _load_base(settings: GeneratorSettings, adapter: Path | None) -> LoadedModel
     changes: dict[str, Any] = {}
     if adapter is None:
         return load_model(settings, seed=settings.seed)
-    config = read_adapter_config(adapter)
+    config = {} if is_megatron(adapter) else read_adapter_config(adapter)
     names_base = settings.load is None or Path(settings.load).expanduser() == adapter
     if names_base and settings.model_config is None:
         changes = {
