@@ -1,8 +1,10 @@
 """Pictures made from a run's metrics.
 
 loss_curve(run / "metrics.jsonl", run / "training_loss.png")
+step_parts(run / "profile.json", run / "profile.png")
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,22 @@ def loss_curve(metrics_path: Path, png_path: Path) -> None:
     else:
         axes.text(0.5, 0.5, "no step was logged", ha="center", transform=axes.transAxes)
     # no date or version inside, so that the same run gives the same bytes
+    figure.savefig(png_path, format="png", metadata={"Software": None})
+
+
+def step_parts(profile_path: Path, png_path: Path) -> None:
+    """Draw where a step's time went, a bar for each part, from a run's profile.json."""
+    found = json.loads(profile_path.read_text(encoding="utf-8"))
+    parts = sorted(found["parts"].items(), key=lambda item: item[1])
+    figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([name for name, _ in parts], [seconds for _, seconds in parts], color=_TRAIN)
+    axes.bar_label(bars, [f"{seconds / found['seconds']:.0%}" for _, seconds in parts], padding=3)
+    axes.set_xlabel(f"seconds of a step ({found['seconds']:.2f}; {found['roofline_share']:.0%} of the roofline)")
+    axes.margins(x=0.1)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
     figure.savefig(png_path, format="png", metadata={"Software": None})
 
 

@@ -24,7 +24,7 @@ prompt_type hf_chat_template lora_load
 # where and how often something is written or said
 _WRITTEN = """
 output_dir log_interval report_to overwrite_output_dir final_adapter save_interval save_interval_minutes keep_last
-keep_best resume resume_anyway grace_seconds async_save replay threads tune_runtime cache_boundary
+keep_best resume resume_anyway grace_seconds async_save replay threads tune_runtime cache_boundary profile profile_steps
 """
 NEUTRAL = frozenset((_READ + _WRITTEN).split())
 """Settings that do not decide the trained numbers, or whose effect is in a digest."""

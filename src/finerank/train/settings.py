@@ -62,6 +62,8 @@ class RunSettings:
         choices=("last", "best"),
         help="which weights become the run's adapter: of the last step or of best loss",
     )
+    profile: bool = setting(False, help="write where the time and memory of the first steps went")
+    profile_steps: int = setting(3, help="with --profile: steps to look at, after one of warm-up")
     fused: bool = setting(
         True, help="norms and gated MLPs as single steps that keep less memory; same forward, bit for bit"
     )
@@ -144,6 +146,7 @@ def check_train_settings(s: TrainSettings) -> None:
         "keep_last": 1,
         "grace_seconds": 0,
         "max_nonfinite": 0,
+        "profile_steps": 1,
     }
     for name, least in at_least.items():
         value = getattr(s, name)
