@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint format lock bench clean
+.PHONY: help install quickstart test lint format lock bench race clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,7 +45,10 @@ format: install ## rewrite the code in the one format
 lock: install ## write requirements.lock from what the environment holds now
 	$(BIN)/python tools/make_lock.py requirements.lock
 
-bench: install ## time a tuning step beside PEFT with transformers' Trainer (DATA=rows.json)
+bench: install ## has the tuning step become slower? (its ratio to a plain path, held against the stored one)
+	$(BIN)/python benchmarks/guard.py $(BENCH_ARGS)
+
+race: install ## time a tuning step beside PEFT with transformers' Trainer (DATA=rows.json)
 	$(BIN)/python benchmarks/tune_step.py --data $(DATA) $(BENCH_ARGS)
 
 clean: ## remove the environment and caches of this checkout
