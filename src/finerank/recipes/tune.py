@@ -1,25 +1,24 @@
-"""Tune a base model on instruction rows with a low-rank adapter.
+"""Tune a base model with a low-rank adapter: on instruction rows, plain text or pairs of answers.
 
     finerank tune --load smollm2-135m --data-path rows.json --val-set-size 0.1 --output-dir runs/first
+    finerank tune --load smollm2-135m --stage dpo --data-path pairs.json --lr 5e-6 --output-dir runs/preferred
 
 The run folder then holds the adapter in PEFT's format, its model card, the metrics of each step and checkpoints from
 which `--resume auto` goes on exactly. Ctrl-C and SIGTERM save and leave with exit code 130 or 143.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from finerank import config
 from finerank.adapters.initial import check_initial
 from finerank.adapters.settings import AdapterSettings
 from finerank.config import setting
 from finerank.data.settings import DataSettings, TemplateSettings
 from finerank.errors import ConfigError
 from finerank.models.settings import ModelSettings, VocabularySettings
-from finerank.train.settings import TrainSettings, check_train_settings
+from finerank.train.settings import TrainSettings, check_preference_settings, check_train_settings
 
 if TYPE_CHECKING:
     from finerank.adapters.inject import AdapterSet
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from finerank.data.dataset import Splits
     from finerank.data.loader import BatchPlan
     from finerank.data.templates import Template
-    from finerank.data.types import Batch
     from finerank.models.load import LoadedModel
     from finerank.train.loop import TrainLoop
+    from finerank.train.profile import StepProfiler
     from finerank.train.state import TrainState
 
 _IGNORED = """
@@ -52,6 +51,7 @@ class Settings(ModelSettings, VocabularySettings, DataSettings, AdapterSettings,
 
     def __post_init__(self) -> None:
         check_train_settings(self)
+        check_preference_settings(self, stage=self.stage)
         check_initial(self)
 
 
@@ -73,12 +73,14 @@ def run(settings: Settings) -> int:
     from finerank.models.attention import use_packed_attention
     from finerank.models.forward import verified_head
     from finerank.models.fused.fuse import fuse
-    from finerank.train import run_folder
+    from finerank.train import run_folder, start
     from finerank.train.boundary_cache import start_boundary_cache
-    from finerank.train.held_out import evaluate_loss
+    from finerank.train.fit import choose_split
+    from finerank.train.held_out import batch_loss_sum, evaluate_loss
     from finerank.train.loop import TrainLoop
+    from finerank.train.origin import origin_of_run
+    from finerank.train.profile import StepProfiler
     from finerank.train.sharing import choose_sharing
-    from finerank.train.start import begin, begin_local
     from finerank.train.state import use_deterministic_kernels
     from finerank.train.stop import run_lock
 
@@ -88,7 +90,9 @@ def run(settings: Settings) -> int:
     with run_lock(folder):
         tidy_after_kill(folder)
         run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
+        loss_function = start.choose_loss(settings)
         loaded = _load(settings)
+        pad = loaded.tokenizer.pad_token_id or 0  # never attended to nor trained, so any id does
         if settings.deterministic:
             use_deterministic_kernels(loaded.model.device)
         if settings.pack:
@@ -100,16 +104,19 @@ def run(settings: Settings) -> int:
         template = load_template(settings, loaded.tokenizer)
         splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed)
         base_loss = None
-        if settings.lora_load and (held_out := _held_out(_without_auto(settings), splits, _pad_id(loaded))):
-            base_loss = evaluate_loss(loaded.model, held_out())
-        adapters = _make_adapters(loaded, settings)
+        if settings.lora_load and loss_function is batch_loss_sum:
+            held_out = start.held_out_batches(_without_auto(settings), splits, pad)
+            base_loss = evaluate_loss(loaded.model, held_out()) if held_out else None
+        adapters = start.make_trained(loaded, settings, say=_say)
         # before weights are restored: the head is chosen by comparing outputs, and a resumed run must choose the same
         verified_head(loaded.model)
         if settings.micro_batch_size == "auto":
-            settings = _with_found_split(settings, loaded, splits, checkpoint)
-        plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=_pad_id(loaded))
-        begin(adapters, settings, plan, checkpoint, seed=settings.seed)
-        local = begin_local(adapters, settings, plan, checkpoint, lr=settings.lr)
+            own: dict[str, Any] = {"folder": folder, "pad_token_id": pad, "loss_function": loss_function, "say": _say}
+            found = choose_split(settings, loaded.model, splits.train, checkpoint, **own)
+            settings = dataclasses.replace(settings, **found)
+        splits = start.with_references(splits, settings, loaded, adapters, loss_function, pad_token_id=pad, say=_say)
+        plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=pad)
+        local = start.begin(adapters, settings, plan, checkpoint)
         speed_up_B(adapters, settings, lr=settings.lr)
         loop = TrainLoop(
             loaded.model,
@@ -117,9 +124,10 @@ def run(settings: Settings) -> int:
             plan,
             settings,
             folder=folder,
-            origin=_origin(settings, loaded, template, splits),
+            origin=origin_of_run(settings, loaded, template, splits),
             adapter_files=lambda: adapter_files(adapters, base_model_name=loaded.source.name),
-            held_out=_held_out(settings, splits, _pad_id(loaded)),
+            held_out=start.held_out_batches(settings, splits, pad),
+            loss_function=loss_function,
             lr_ratios=adapters.lr_ratios,
             local=local,
         )
@@ -127,7 +135,10 @@ def run(settings: Settings) -> int:
         _announce(settings, loaded, adapters, plan, splits)
         digest = loaded.source.digest
         cache = start_boundary_cache(settings, loop, local, splits.train, base_digest=digest, say=_say)
+        profiler = StepProfiler.of_loop(loop, num_steps=settings.profile_steps) if settings.profile else None
         state = loop.run()
+        if profiler is not None:
+            _write_profile(profiler, folder)
         if cache is not None:
             cache.remove()
         if settings.final_adapter == "best":
@@ -146,31 +157,21 @@ def run(settings: Settings) -> int:
     return 0
 
 
+def _write_profile(profiler: "StepProfiler", folder: Path) -> None:
+    from finerank.report.figures import step_parts
+    from finerank.train import run_folder
+
+    if sentence := profiler.write(folder):
+        run_folder.write_files(folder, lambda aside: step_parts(folder / "profile.json", aside / "profile.png"))
+        _say(sentence)
+    else:
+        _say("warning: --profile saw no step after its warm-up; give it a longer run")
+
+
 def _length(settings: Settings) -> dict[str, Any]:
     if settings.train_iters is not None:
         return {"num_steps": settings.train_iters}
     return {"num_epochs": 1.0 if settings.num_epochs is None else settings.num_epochs}
-
-
-def _pad_id(loaded: "LoadedModel") -> int:
-    """What fills padded positions; never attended to nor trained, so any id does where a tokenizer has none."""
-    return loaded.tokenizer.pad_token_id or 0
-
-
-def _held_out(settings: Settings, splits: "Splits", pad_token_id: int) -> "Callable[[], Iterable[Batch]] | None":
-    from finerank.data.loader import eval_batches
-
-    valid = splits.valid
-    if valid is not None:
-        return lambda: eval_batches(valid, settings, max_batches=settings.eval_iters, pad_token_id=pad_token_id)
-    for name in ("eval_interval", "eval_iters", "early_stopping_patience"):
-        if getattr(settings, name) is not None:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} needs held-out rows; add --val-set-size or --valid-data-path."
-            )
-    if settings.final_adapter == "best":
-        raise ConfigError("--final-adapter best needs held-out rows; add --val-set-size or --valid-data-path.")
-    return None
 
 
 def _load(settings: Settings) -> "LoadedModel":
@@ -186,47 +187,6 @@ def _load(settings: Settings) -> "LoadedModel":
     return load_model(own, seed=settings.seed, may_grow=True)
 
 
-def _make_adapters(loaded: "LoadedModel", settings: Settings) -> "AdapterSet":
-    from finerank.adapters.files import load_adapter
-    from finerank.adapters.inject import inject_adapters
-
-    if settings.lora_load is not None:
-        for f in dataclasses.fields(AdapterSettings):
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            keeps = f.name.startswith(("lu_lora", "cache_boundary", "loraplus")) and f.name != "lu_lora_r"
-            if f.name != "lora_load" and not keeps and getattr(settings, f.name) != default:
-                _say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
-        if settings.add_tokens:
-            raise ConfigError("--add-tokens starts new rows, and the adapter of --lora-load has none; leave one out.")
-        return load_adapter(loaded.model, Path(settings.lora_load), trainable=True)
-    return inject_adapters(loaded.model, settings, seed=settings.seed, token_ids=loaded.new_token_ids)
-
-
-def _origin(settings: Settings, loaded: "LoadedModel", template: "Template", splits: "Splits") -> dict[str, Any]:
-    import torch
-
-    from finerank.files import sha256_file
-    from finerank.train import run_folder
-    from finerank.train.resume import origin_of
-
-    start = Path(settings.lora_load) / "adapter_model.safetensors" if settings.lora_load else None
-    digests = {
-        "data": splits.train.digest,
-        "held-out data": splits.valid.digest if splits.valid is not None else None,
-        "base model": loaded.source.digest,
-        "template": template.digest,
-        "starting adapter": sha256_file(start) if start else None,
-    }
-    device = loaded.model.device
-    environment: dict[str, str | int] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        **run_folder.versions(),
-    }
-    return origin_of(config.to_dict(settings), digests=digests, environment=environment)
-
-
 def _checkpoint(settings: Settings, folder: Path) -> "Checkpoint | None":
     """What `--resume` names."""
     from finerank.train import resume
@@ -239,19 +199,6 @@ def _without_auto(settings: Settings) -> Settings:
     if settings.micro_batch_size != "auto":
         return settings
     return dataclasses.replace(settings, micro_batch_size=None)
-
-
-def _with_found_split(
-    settings: Settings, loaded: "LoadedModel", splits: "Splits", checkpoint: "Checkpoint | None"
-) -> Settings:
-    """`--micro-batch-size auto` replaced by what fits; a resumed run goes on with what it found at its start."""
-    from finerank.train.fit import find_split, stored_split
-
-    found = stored_split(checkpoint, Path(settings.output_dir), settings) if settings.resume else None
-    if found is None:
-        found, sentence = find_split(loaded.model, splits.train, settings, pad_token_id=_pad_id(loaded))
-        _say(sentence)
-    return dataclasses.replace(settings, **found)
 
 
 def _start_or_resume(
@@ -316,9 +263,10 @@ def _leave(
     from finerank.files import sha256_file, write_text
     from finerank.report.figures import loss_curve
     from finerank.train import run_folder
-    from finerank.train.metrics import FILE_NAME
+    from finerank.train.metrics import FILE_NAME, measures_at, read_metrics
 
     name = loaded.source.name
+    left_with = state.best_step if settings.final_adapter == "best" and state.best_step is not None else state.step
     _describe(settings, folder, template, splits)  # once more, should someone have removed the folder meanwhile
     run_folder.write_files(folder, lambda aside: save_adapter(adapters, aside, base_model_name=name))
     run_folder.write_files(folder, loaded.tokenizer.save_pretrained)
@@ -328,9 +276,13 @@ def _leave(
         adapter_sha256=sha256_file(folder / "adapter_model.safetensors"),
         base_model=name,
         base_model_digest=loaded.source.digest,
+        base_dtype=str(loaded.model.dtype).removeprefix("torch."),
         template_digest=template.digest,
         data_digest=splits.train.digest,
         final_adapter=settings.final_adapter,
+        stage=settings.stage,
+        loss_unit="per pair" if settings.stage == "dpo" else run_folder.NATS,
+        eval_measures=measures_at(read_metrics(folder / FILE_NAME), left_with),
         trained_parameters=adapters.num_parameters,
     )
     write_text(folder / "README.md", run_folder.model_card(settings, results, receipt=splits.receipt))
@@ -345,9 +297,10 @@ def _replay(settings: Settings, path: Path) -> int:
     from finerank.adapters.initial import shape_adapters
     from finerank.errors import NumericsError
     from finerank.models.attention import use_packed_attention
+    from finerank.models.forward import verified_head
     from finerank.models.fused.fuse import fuse
-    from finerank.train.held_out import batch_loss_sum
     from finerank.train.nonfinite import find_nonfinite, read_replay
+    from finerank.train.start import choose_loss, make_trained
     from finerank.train.state import load_parameters
 
     replay = read_replay(path)
@@ -356,11 +309,12 @@ def _replay(settings: Settings, path: Path) -> int:
         use_packed_attention(loaded.model)
     if settings.fused:
         fuse(loaded.model)
-    adapters = _make_adapters(loaded, settings)
+    adapters = make_trained(loaded, settings, say=_say)
+    verified_head(loaded.model)
     shape_adapters(adapters, settings, replay.parameters)
     load_parameters(dict(adapters.named_parameters()), replay.parameters)
     loaded.model.train()
-    finding = find_nonfinite(loaded.model, replay.batches, loss_function=batch_loss_sum, seeds=replay.seeds)
+    finding = find_nonfinite(loaded.model, replay.batches, loss_function=choose_loss(settings), seeds=replay.seeds)
     rows = sum(len(batch.rows) for batch in replay.batches)
     if finding is None:
         print(f"step {replay.step}: all numbers of its {rows} rows are finite this time")

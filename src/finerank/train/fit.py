@@ -1,6 +1,6 @@
 """`--micro-batch-size auto`: the largest micro-batch that memory holds; the global batch stays as it is.
 
-    values, sentence = find_split(model, dataset, settings, pad_token_id=2)
+    values = choose_split(settings, model, dataset, checkpoint, folder=run, pad_token_id=2, say=print)
 
 What is tried is the heaviest micro-batch there can be: the longest samples, every token trained, forward and backward.
 On a GPU it is run, with room kept for AdamW's moments, until one does not fit. On the CPU too much memory ends the
@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from finerank import config
 from finerank.checkpoints.native import Checkpoint
-from finerank.data.loader import heaviest_batch
+from finerank.data.loader import Samples, heaviest_batch
+from finerank.data.pairs import PairDataset
 from finerank.data.settings import BatchSettings
-from finerank.data.tokens import TokenDataset
 from finerank.data.types import Batch
 from finerank.errors import ConfigError
 from finerank.train.held_out import LossFunction, batch_loss_sum
@@ -36,6 +37,28 @@ USABLE_SHARE = 0.8
 GPU_RESERVE_SHARE = 0.05
 """Of a GPU's memory, kept free while a micro-batch is tried: fragments and library workspaces."""
 NAMES = ("micro_batch_size", "micro_batch_tokens")
+
+
+def choose_split(
+    settings: Any,
+    model: nn.Module,
+    dataset: Samples,
+    checkpoint: Checkpoint | None,
+    *,
+    folder: Path,
+    pad_token_id: int,
+    loss_function: LossFunction,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The settings that take the place of `auto`: what fits, or in a resumed run what it found at its start.
+
+    Raises OutOfMemoryError, ConfigError: see `find_split`.
+    """
+    found = stored_split(checkpoint, folder, settings) if settings.resume else None
+    if found is None:
+        found, sentence = find_split(model, dataset, settings, pad_token_id=pad_token_id, loss_function=loss_function)
+        say(sentence)
+    return found
 
 
 def stored_split(checkpoint: Checkpoint | None, folder: Path, settings: Any) -> dict[str, Any] | None:
@@ -61,7 +84,7 @@ def stored_split(checkpoint: Checkpoint | None, folder: Path, settings: Any) -> 
 
 def find_split(
     model: nn.Module,
-    dataset: TokenDataset,
+    dataset: Samples,
     settings: BatchSettings,
     *,
     pad_token_id: int,
@@ -73,6 +96,8 @@ def find_split(
     """
     device = next(model.parameters()).device
     most = min(settings.global_batch_size, len(dataset))
+    if isinstance(dataset, PairDataset) and dataset.reference is None:  # known later; its values take no memory
+        dataset = dataset.with_reference(np.zeros((len(dataset), 2), np.float32))
 
     def run(num_rows: int) -> Batch:
         batch = heaviest_batch(dataset, settings, num_rows, pad_token_id=pad_token_id)
@@ -95,7 +120,7 @@ def find_split(
     return {NAMES[0]: num_rows, NAMES[1]: settings.micro_batch_tokens}, f"--micro-batch-size {num_rows} (auto): {why}"
 
 
-def _num_positions(dataset: TokenDataset, settings: BatchSettings, num_rows: int) -> int:
+def _num_positions(dataset: Samples, settings: BatchSettings, num_rows: int) -> int:
     return heaviest_batch(dataset, settings, num_rows).input_ids.numel()
 
 

@@ -49,6 +49,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def measures_at(rows: Iterable[Mapping[str, Any]], step: int, prefix: str = "eval_") -> dict[str, float]:
+    """What a loss measured after a step besides its value, e.g. `rewards/margins`, by name without the prefix."""
+    (row,) = [row for row in rows if row["step"] == step][-1:] or [{}]
+    return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and "/" in k}
+
+
 class Tracker(Protocol):
     """Where numbers also go: TensorBoard or W&B."""
 

@@ -73,6 +73,9 @@ class RunProgress:
 
     def _text(self, row: Mapping[str, Any]) -> str:
         parts = [f"{key} {row[key]:.4f}" for key in ("loss", "eval_loss") if isinstance(row.get(key), float)]
+        for key, name in (("rewards/accuracies", "accuracy"), ("eval_rewards/accuracies", "eval_accuracy")):
+            if isinstance(row.get(key), float):
+                parts.append(f"{name} {row[key]:.2f}")
         if row.get("skipped"):
             parts.append("skipped: not finite")
         if row.get("lr") is not None:

@@ -35,6 +35,7 @@ from finerank.train.pair_loss import pairs_of
 
 _LAYOUT = """
 pack global_batch_size micro_batch_size micro_batch_tokens variable_seq_lengths pad_to_multiple_of seq_length
+share_prompts
 """
 
 

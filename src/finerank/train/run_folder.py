@@ -28,6 +28,7 @@ from finerank.train.metrics import FILE_NAME
 from finerank.train.state import TrainState
 
 RESULTS, CONFIG = "results.json", "config.yaml"
+NATS = "nats per token"
 _OWN_FILES = (
     RESULTS,
     CONFIG,
@@ -48,8 +49,9 @@ _SECRETS = (
 _IN_CARD = """
 lora_target_modules lora_r lora_alpha lora_dropout use_rslora lora_rank_pattern lora_alpha_pattern seq_length
 global_batch_size pack num_epochs train_iters lr min_lr lr_decay_style lr_warmup_iters lr_warmup_fraction
-weight_decay adam_beta1 adam_beta2 adam_eps clip_grad seed dtype train_on_prompt prompt_type
+weight_decay adam_beta1 adam_beta2 adam_eps clip_grad seed dtype train_on_prompt prompt_type stage
 """
+_PREFERENCE_IN_CARD = "pref_loss pref_beta dpo_label_smoothing simpo_gamma pref_ftx"
 
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -118,7 +120,7 @@ def versions() -> dict[str, str]:
 
 
 def results_of(state: TrainState, *, base_eval_loss: float | None, adapter_sha256: str, **facts: Any) -> dict[str, Any]:
-    """The content of results.json. Losses are nats per trained token; speeds count steps and evaluations."""
+    """The content of results.json. Losses are in `loss_unit`; speeds count steps and evaluations."""
     seconds = max(state.seconds, 1e-9)
     return {
         **facts,
@@ -144,15 +146,16 @@ def results_of(state: TrainState, *, base_eval_loss: float | None, adapter_sha25
 
 def model_card(settings: Any, results: Mapping[str, Any], *, receipt: Mapping[str, Any]) -> str:
     """README.md of the adapter: what it is made of and how it did; no secrets, and file names without folders."""
-    base = results["base_model"]
+    base, unit = results["base_model"], results.get("loss_unit", NATS)
     names = ", ".join(f"`{Path(p).name}`" for p in [*settings.data_path, *settings.valid_data_path]) or "none"
     losses = [("base model", "base_eval_loss"), ("after tuning", "after_eval_loss"), ("best", "best_eval_loss")]
     shown = [f"| {label} | {results[key]:.4f} |" for label, key in losses if results[key] is not None]
-    table = (
-        ["| held-out loss | nats per token |", "| --- | --- |", *shown] if shown else ["No held-out rows were given."]
-    )
+    table = [f"| held-out loss | {unit} |", "| --- | --- |", *shown] if shown else ["No held-out rows were given."]
     counts = [f"- {key.replace('_', ' ')}: {value}" for key, value in receipt.items() if isinstance(value, int | str)]
-    chosen = {k: v for k, v in config.to_dict(settings).items() if k in _IN_CARD.split() and v not in (None, [], {})}
+    if measures := results.get("eval_measures"):
+        table += ["", *(f"- {name}: {value:.4f}" for name, value in measures.items())]
+    named = f"{_IN_CARD} {_PREFERENCE_IN_CARD if settings.stage == 'dpo' else ''}".split()
+    chosen = {k: v for k, v in config.to_dict(settings).items() if k in named and v not in (None, [], {})}
     lines = [
         "---",
         f"base_model: {json.dumps(base, ensure_ascii=False)}",
@@ -204,7 +207,9 @@ def summary(folder: Path, results: Mapping[str, Any]) -> list[str]:
     lines = []
     before, after = results["base_eval_loss"], results["after_eval_loss"]
     if before is not None and after is not None:
-        lines.append(f"held-out loss {before:.4f} -> {after:.4f} nats per token")
+        lines.append(f"held-out loss {before:.4f} -> {after:.4f} {results.get('loss_unit', NATS)}")
+    if (accuracy := (results.get("eval_measures") or {}).get("rewards/accuracies")) is not None:
+        lines.append(f"{accuracy:.1%} of the held-out pairs have the larger reward on the chosen answer")
     minutes, seconds = divmod(round(results["seconds"]), 60)
     lines.append(f"{results['steps']} steps in {minutes}:{seconds:02d}, {results['rows_per_second']:.1f} rows/s")
     lines.append(f"adapter: {folder} (sha256 {results['adapter_sha256'][:16]}...)")

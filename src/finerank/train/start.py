@@ -1,20 +1,36 @@
-"""How the adapters of a run begin: fresh, by `--init-lora-weights`, or with the shape that a checkpoint's have."""
+"""How a run begins: what it trains, on what loss, and the values that its adapters start from.
 
+trained = make_trained(loaded, settings, say=print)          adapters, fresh or of --lora-load
+local = begin(trained, settings, plan, checkpoint, ...)      their values, or only the shape that a checkpoint's have
+"""
+
+import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.initial import Pass, shape_adapters, start_adapters
+from finerank.adapters.inject import inject_adapters
 from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints.native import Checkpoint
+from finerank.checkpoints.place import lacks_alpha, place_adapter
+from finerank.data.dataset import Splits
+from finerank.data.loader import eval_batches
+from finerank.data.pairs import PairDataset
 from finerank.data.types import IGNORE_INDEX, Batch
+from finerank.errors import ConfigError
 from finerank.models.forward import verified_head
-from finerank.train.held_out import batch_loss_sum
+from finerank.models.load import LoadedModel
+from finerank.train.held_out import LossFunction, batch_loss_sum
+from finerank.train.origin import reference_of_run
+from finerank.train.pair_loss import PairLoss
+from finerank.train.reference import with_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,33 +38,91 @@ if TYPE_CHECKING:
     from finerank.data.loader import BatchPlan
 
 
-def begin(
-    adapters: AdapterSet, settings: AdapterSettings, plan: "BatchPlan", checkpoint: Checkpoint | None, *, seed: int
-) -> None:
-    """Start the adapters of a new run; those of a run to be resumed only get the shape of the saved ones.
+def choose_loss(settings: Any) -> LossFunction:
+    """What `--stage` minimises. Raises ConfigError for settings of the loss that have no effect."""
+    return PairLoss(settings) if settings.stage == "dpo" else batch_loss_sum
 
-    An adapter of `--lora-load` is left as it is.
+
+def held_out_batches(settings: Any, splits: Splits, pad_token_id: int) -> Callable[[], Iterable[Batch]] | None:
+    """Makes the held-out batches anew; None without held-out rows. Raises ConfigError for what needs such rows."""
+    valid = splits.valid
+    if valid is not None:
+        return lambda: eval_batches(valid, settings, max_batches=settings.eval_iters, pad_token_id=pad_token_id)
+    for name in ("eval_interval", "eval_iters", "early_stopping_patience"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs held-out rows; add --val-set-size or --valid-data-path."
+            )
+    if settings.final_adapter == "best":
+        raise ConfigError("--final-adapter best needs held-out rows; add --val-set-size or --valid-data-path.")
+    return None
+
+
+def make_trained(loaded: LoadedModel, settings: Any, *, say: Callable[[str], None]) -> AdapterSet:
+    """What the run trains, in the model. Raises ConfigError, AdapterError."""
+    if settings.lora_load is None:
+        return inject_adapters(loaded.model, settings, seed=settings.seed, token_ids=loaded.new_token_ids)
+    folder = Path(settings.lora_load)
+    used = {"lora_load", *(["lora_alpha"] if lacks_alpha(folder) else [])}
+    for f in dataclasses.fields(AdapterSettings):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        keeps = f.name.startswith(("lu_lora", "cache_boundary", "loraplus")) and f.name != "lu_lora_r"
+        if f.name not in used and not keeps and getattr(settings, f.name) != default:
+            say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
+    if settings.add_tokens:
+        raise ConfigError("--add-tokens starts new rows, and the adapter of --lora-load has none; leave one out.")
+    return place_adapter(loaded.model, folder, trainable=True, lora_alpha=settings.lora_alpha)
+
+
+def with_references(
+    splits: Splits,
+    settings: Any,
+    loaded: LoadedModel,
+    trained: AdapterSet,
+    loss_function: LossFunction,
+    *,
+    pad_token_id: int,
+    say: Callable[[str], None],
+) -> Splits:
+    """The same rows; pairs with the log-probabilities of the model before training, where the loss compares with them.
+
+    To be called before a checkpoint is restored. Raises NumericsError.
     """
-    if settings.lora_load is not None:
-        return
-    if checkpoint is not None:
-        prefix = "parameter/"
-        saved = {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
-        shape_adapters(adapters, settings, saved)
-        return
-    start_adapters(adapters, settings, seed=seed, passes=lambda: forward_passes(adapters.model, plan))  # type: ignore[arg-type]
+    if not isinstance(loss_function, PairLoss) or not loss_function.needs_reference:
+        return splits
+
+    def known(data: PairDataset) -> PairDataset:
+        return with_reference(
+            loaded.model,
+            data,
+            settings,
+            adapters=trained if settings.lora_load is None else None,
+            made_of=reference_of_run(settings, loaded),
+            pad_token_id=pad_token_id,
+            say=say,
+        )
+
+    assert isinstance(splits.train, PairDataset) and isinstance(splits.valid, PairDataset | None)
+    return dataclasses.replace(
+        splits, train=known(splits.train), valid=None if splits.valid is None else known(splits.valid)
+    )
 
 
-def begin_local(
-    adapters: AdapterSet, settings: AdapterSettings, plan: "BatchPlan", checkpoint: Checkpoint | None, *, lr: float
-) -> LocalLearning | None:
-    """Local learning of a new or a resumed run; only a new one's fresh factors start from the rows.
+def begin(trained: AdapterSet, settings: Any, plan: "BatchPlan", checkpoint: Checkpoint | None) -> LocalLearning | None:
+    """Start what is trained in a new run; what a checkpoint will restore only gets the shape of the saved values.
 
-    Raises ConfigError, AdapterError: see `start_local_learning`.
+    An adapter of `--lora-load` is left as it is. Returns what learns beside the optimizer, if anything does.
+    Raises ConfigError, AdapterError: see `start_adapters`, `start_local_learning`.
     """
     is_fresh = checkpoint is None and settings.lora_load is None
-    passes = (lambda: forward_passes(adapters.model, plan)) if is_fresh else None  # type: ignore[arg-type]
-    return start_local_learning(adapters, settings, lr=lr, seed=plan.seed, passes=passes)
+    passes = lambda: forward_passes(trained.model, plan)  # type: ignore[arg-type]  # noqa: E731
+    if is_fresh:
+        start_adapters(trained, settings, seed=settings.seed, passes=passes)
+    elif checkpoint is not None and settings.lora_load is None:
+        prefix = "parameter/"
+        saved = {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
+        shape_adapters(trained, settings, saved)
+    return start_local_learning(trained, settings, lr=settings.lr, seed=plan.seed, passes=passes if is_fresh else None)
 
 
 def forward_passes(model: "PreTrainedModel", plan: "BatchPlan") -> Iterator[Pass]:
