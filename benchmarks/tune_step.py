@@ -72,6 +72,10 @@ SETUPS = {
         LARGE_PAGES,
     ),
     "finerank-fp32": Setup("finerank, fp32", "finerank_tune.py", ("--dtype", "fp32"), ALLOCATOR),
+    "finerank-apart": Setup(
+        "finerank, bf16, --no-share-prompts", "finerank_tune.py", ("--share-prompts", "0"), ALLOCATOR
+    ),
+    "finerank-unfused": Setup("finerank, bf16, --no-fused", "finerank_tune.py", ("--fused", "0"), ALLOCATOR),
     "finerank-untuned": Setup("finerank, bf16, --no-tune-runtime", "finerank_tune.py"),
 }
 

@@ -1,6 +1,7 @@
 """Contestant: finerank's own training loop, as `finerank tune` runs it."""
 
 import contextlib
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class SteppedPlan:
 
 
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="bf16", bits=16)
+    task, own = parse(__doc__ or "", dtype="bf16", bits=16, fused=1, share_prompts=1)
 
     from finerank.adapters.files import adapter_files
     from finerank.adapters.inject import inject_adapters
@@ -41,8 +42,10 @@ def main() -> None:
     bits = {"load_4bit": own.bits == 4, "load_8bit": own.bits == 8}
     loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype, **bits))
     use_packed_attention(loaded.model)
-    fuse(loaded.model)
+    if own.fused:
+        fuse(loaded.model)
     _, held_out, plan = load_rows(task, loaded.tokenizer)
+    plan.settings = dataclasses.replace(plan.settings, share_prompts=bool(own.share_prompts))
     adapters = inject_adapters(loaded.model, AdapterSettings(lora_r=task.rank, lora_alpha=2.0 * task.rank), seed=1)
     verified_head(loaded.model)
     contestant = Contestant()
