@@ -8,6 +8,7 @@ What comes from Megatron becomes PEFT's form on the way; modules that shared a `
 import hashlib
 import logging
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +17,7 @@ from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.files import SHARED, load_adapter
 from finerank.adapters.targets import GROUPS
 from finerank.checkpoints.formats import legacy, mcore, peft
+from finerank.checkpoints.lora import Adapter
 from finerank.checkpoints.megatron_read import MegatronCheckpoint
 from finerank.errors import CheckpointError
 from finerank.files import sha256_file
@@ -49,8 +51,19 @@ def place_adapter(
         logger.warning("%s does not record its alpha; %g is used, as --lora-alpha says", folder, alpha)
     adapter = found.read_adapter(folder, hf_config=model.config.to_dict(), lora_alpha=alpha)  # type: ignore[union-attr, operator]
     with tempfile.TemporaryDirectory(prefix="finerank-adapter-") as scratch:
-        peft.write_adapter(adapter, Path(scratch), metadata={SHARED: " ".join(GROUPS)})
+        peft.write_adapter(adapter, Path(scratch), metadata=_sharing(adapter))
         return load_adapter(model, Path(scratch), trainable=trainable)
+
+
+def _sharing(adapter: Adapter) -> dict[str, str]:
+    """The note of a file in which the copies of one `lora_A` are to be one again; `load_adapter` compares them."""
+    parents = Counter((name.rpartition(".")[0], g) for g in GROUPS for name in adapter.factors if _in(name, g))
+    groups = dict.fromkeys(group for (_, group), number in parents.items() if number > 1)
+    return {SHARED: " ".join(groups)} if groups else {}
+
+
+def _in(name: str, group: str) -> bool:
+    return group.startswith("linear_") and name.rpartition(".")[2] in GROUPS[group]
 
 
 def is_megatron(folder: Path) -> bool:
