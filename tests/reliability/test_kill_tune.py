@@ -44,6 +44,8 @@ METHODS = {
     "4bit": ["--load-4bit"],
     "8bit-lu-lora": ["--load-8bit", *LU],
     "plain-text": ["--stage", "pt", "--async-save"],
+    "pairs": ["--stage", "dpo", "--lr", "0.003"],
+    "pairs-padded-lu-lora": ["--stage", "dpo", "--pref-loss", "simpo", "--no-pack", "--async-save", *LU],
 }
 NEEDS_BITSANDBYTES = ("4bit", "8bit-lu-lora")
 
@@ -54,12 +56,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 31)]
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     path.with_suffix(".txt").write_text("".join(f"{row['instruction']} {row['output']}\n" for row in made))
+    pairs = [
+        {"instruction": f"Say {n}.", "chosen": f"I say {n}.", "rejected": "No." + " No." * (n % 4)} for n in range(30)
+    ]
+    path.with_suffix(".pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return path
 
 
 def tune(base: Path, rows: Path, run: Path, moments: Moments, *flags: str) -> int:
     os.environ["FINERANK_HOME"] = str(run) + "-home"  # so that each run makes its ids anew
-    data = rows.with_suffix(".txt") if "pt" in flags else rows
+    stage = flags[flags.index("--stage") + 1] if "--stage" in flags else "sft"
+    data = rows.with_suffix({"sft": ".jsonl", "pt": ".txt", "dpo": ".pairs.jsonl"}[stage])
     argv = ["tune", "--load", str(base), "--data-path", str(data), "--output-dir", str(run), "--resume", "auto"]
     argv += ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
     argv += ["--num-epochs", "2.5", "--global-batch-size", "6", "--micro-batch-tokens", "256", "--val-set-size", "4"]
