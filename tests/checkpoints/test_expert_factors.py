@@ -8,6 +8,8 @@ import torch
 import transformers
 
 from finerank.adapters.files import load_adapter, save_adapter
+from finerank.adapters.inject import inject_adapters
+from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints.combine import Part, combine
 from finerank.checkpoints.expert_factors import expand_experts
 from finerank.checkpoints.formats import hf, peft
@@ -168,3 +170,28 @@ def test_ours_merges_as_it_runs(tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
+
+
+def test_dense_layers_beside_experts(tmp_path: Path) -> None:
+    """PEFT 0.21 takes `down_proj` on such a model for the experts alone, so the reference is the model in memory."""
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0]).requires_grad_(False)
+    model.save_pretrained(tmp_path / "base")
+    settings = AdapterSettings(lora_r=4, lora_target_modules=["up_proj", "gate_up_proj", "down_proj"])
+    adapters = inject_adapters(model, settings, seed=1)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+        wanted = model(IDS).logits
+    assert {"model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"} == set(adapters.layers)
+    assert set(adapters.parts) == {"model.layers.1.mlp.experts"}
+    save_adapter(adapters, tmp_path / "a", base_model_name="tiny")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    load_adapter(again, tmp_path / "a")
+    base = open_base(str(tmp_path / "base"))
+    (tmp_path / "m").mkdir()
+    hf.write(merged_model(base, plan_merge(base, peft.read_adapter(tmp_path / "a"))), tmp_path / "m")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with torch.no_grad():
+        assert (again(IDS).logits - wanted).abs().max() < 1e-5
+        assert (merged(IDS).logits - wanted).abs().max() < 1e-4
