@@ -10,9 +10,7 @@ follows the last trained token of a sample is left out, since no loss depends on
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ from finerank.data.indexed import IndexedFile, idx_path
 from finerank.data.receipt import FileReceipt, Receipt
 from finerank.data.samples import NOT_TRAINED
 from finerank.data.settings import DataSettings
+from finerank.data.stored import read_samples
 from finerank.data.templates import Template
 from finerank.data.tokens import Source, TokenDataset
-from finerank.data.types import IGNORE_INDEX
 from finerank.errors import ConfigError, DataError
 
 SIDECAR = "_finerank.json"
@@ -98,30 +96,33 @@ def _dataset(
 ) -> TokenDataset:
     file = FileReceipt(str(prefix), handler="indexed")
     receipt.files.append(file)
-    _check_ids(prefix, ids, labels, vocab_size)
-    kept: list[tuple[int, int, int]] = []  # ids start, labels start, length
     digest = hashlib.sha256()
-    for i, pieces in enumerate(_segments(ids, labels, mask)):
-        before = len(kept)
-        for start, length in pieces:
-            values, targets = ids[i][start : start + length], labels[i][start : start + length]
-            trained = np.flatnonzero(targets[1:] != IGNORE_INDEX)
-            if not len(trained):
-                continue
-            length = int(trained[-1]) + 2
-            digest.update(values[:length].astype("<i4").tobytes() + targets[:length].astype("<i4").tobytes() + b";")
-            kept.append((int(ids.starts[i]) + start, int(labels.starts[i]) + start, length))
-        if len(kept) > before:
-            file.keep(i + 1, truncated=any(length > longest for _, _, length in kept[before:]))
+    blocks = []
+    for block in read_samples(ids, labels, mask, vocab_size=vocab_size, digest=digest):
+        if block.odd is not None:
+            at, token = block.odd
+            raise DataError(
+                f"{prefix}: sample {at + 1} has token id {token}, and this tokenizer's end at {vocab_size - 1}: it "
+                "was made with another tokenizer, or is damaged; preprocess the rows with this one."
+            )
+        blocks.append(block)
+    sequence, offsets, lengths = (
+        np.concatenate([np.zeros(0, np.int64), *(getattr(block, name) for block in blocks)])
+        for name in ("sequence", "offsets", "lengths")
+    )
+    longest_of = np.zeros(len(ids), np.int64)
+    np.maximum.at(longest_of, sequence, lengths)
+    for i, length in enumerate(longest_of.tolist()):
+        if length:
+            file.keep(i + 1, truncated=length > longest)
         else:
             file.drop(i + 1, NOT_TRAINED)
-    table = np.array(kept, np.int64).reshape(-1, 3)
     data = TokenDataset(
         [Source(ids.values, labels.values)],
-        np.zeros(len(table), np.int64),
-        table[:, 0],
-        table[:, 1],
-        table[:, 2],
+        np.zeros(len(sequence), np.int64),
+        ids.starts[sequence] + offsets,
+        labels.starts[sequence] + offsets,
+        lengths,
         longest=longest,
         digest=hashlib.sha256(f"{digest.hexdigest()} {longest}".encode()).hexdigest(),
     )
@@ -132,32 +133,6 @@ def _dataset(
 def _vocab_size(template: Template) -> int:
     """One more than the largest id that the tokenizer can give."""
     return 1 + max(template.encoder.tokenizer.get_vocab().values())
-
-
-def _check_ids(prefix: str, ids: IndexedFile, labels: IndexedFile, vocab_size: int) -> None:
-    """Raise DataError for the first sample with an id or label that the tokenizer does not have."""
-    for i in range(len(ids)):
-        values, targets = ids[i], labels[i][labels[i] != IGNORE_INDEX]
-        for found in (values, targets):
-            if len(found) and not 0 <= int(found.min()) <= int(found.max()) < vocab_size:
-                odd = next(int(x) for x in found if not 0 <= x < vocab_size)
-                raise DataError(
-                    f"{prefix}: sample {i + 1} has token id {odd}, and this tokenizer's end at {vocab_size - 1}: it "
-                    "was made with another tokenizer, or is damaged; preprocess the rows with this one."
-                )
-
-
-def _segments(ids: IndexedFile, labels: IndexedFile, mask: IndexedFile | None) -> Iterator[list[tuple[int, int]]]:
-    """(start, length) of each segment of each sequence."""
-    for i in range(len(ids)):
-        length = int(ids.lengths[i])
-        if mask is None or not length or int(mask[i].max()) <= 1:
-            yield [(0, length)]
-            continue
-        numbers = np.asarray(mask[i])
-        edges = np.flatnonzero(np.diff(numbers)) + 1
-        bounds = [0, *edges.tolist(), length]
-        yield [(a, b - a) for a, b in itertools.pairwise(bounds) if numbers[a] != 0]
 
 
 def check_sidecar(settings: DataSettings, prefix: str, template: Template, receipt: Receipt) -> None:
