@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import train_fakes as fakes
 from finerank.checkpoints import native
 from finerank.errors import CheckpointError, StorageError
 from finerank.train import loop as loop_module
+from finerank.train.memory import OutOfMemoryError
 from finerank.train.metrics import read_metrics
 from finerank.train.saver import Saver
 from finerank.train.stop import ignore_save_requests, run_lock
@@ -294,3 +296,35 @@ def test_a_save_in_the_background_yields_to_training_and_the_last_one_does_not(
     assert len(seen) > 1 and seen[-1] == (True, own)
     assert set(seen[:-1]) == {(False, max(own, 10))}
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_what_ran_out_of_memory_is_given_back_before_the_state_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, held, alive = fakes.make_loop(tmp_path, keep_best=False), [], []
+    loop.held_out = None
+
+    class Activations:
+        """Like a graph: only the failed computation holds it, in a cycle."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    def loss_function(model: Any, batch: Any) -> Any:
+        if loop.state.step < 3:
+            return fakes.loss_sum(model, batch)
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    real = native.save_checkpoint
+
+    def save_checkpoint(folder: Path, **content: Any) -> None:
+        alive.extend(ref() for ref in held)
+        real(folder, **content)
+
+    loop.loss_function = loss_function
+    monkeypatch.setattr(native, "save_checkpoint", save_checkpoint)
+    with pytest.raises(OutOfMemoryError, match="Out of memory on a micro-batch"):
+        loop.run()
+    assert alive == [None] and loop.saver.saved[-1] == (3, True)

@@ -13,6 +13,7 @@ A stop is obeyed after any micro-batch: a half-accumulated gradient is dropped, 
 finished step, from which the same micro-batches follow again.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -267,13 +268,17 @@ class TrainLoop:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             seed_everything(*self._seed(i))
+            fits = True
             try:
                 loss = self.loss_function(self.model, batch.to(self.device))
                 (loss / count).backward()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(explain(self.model, batch, device=self.device)) from error
+                fits = False
+            if not fits:  # outside, where the error is gone with all that its traceback held: the state is to be saved
+                gc.collect()
+                raise OutOfMemoryError(explain(self.model, batch, device=self.device))
             total += loss.detach().double()
             self.signals.check()
         return total.item() / count
