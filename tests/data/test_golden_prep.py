@@ -1,6 +1,5 @@
 """Files that MindSpeed-LLM's preprocessing wrote come out the same, byte for byte, from the same command lines."""
 
-import json
 import shlex
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from finerank.cli import main
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "prep"
 CASES = [
     "alpaca_empty",
     "alpaca_llama2",
@@ -24,12 +24,12 @@ CASES = [
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_equal_the_recorded_files(case: str, workers: int, shared: Path, smollm2: Path, tmp_path: Path):
-    golden = shared / "golden" / "prep" / case
-    command = json.loads((golden / "golden.json").read_text(encoding="utf-8"))["cmdline"]
+def test_bytes_equal_the_recorded_files(case: str, workers: int, smollm2: Path, tmp_path: Path):
+    golden = GOLDEN / case
+    command = (golden / "command.txt").read_text(encoding="utf-8").strip()
     before, marked, keys = command.partition("--map-keys ")
     words = shlex.split(before) + (["--map-keys", keys] if marked else [])
-    words[words.index("--input") + 1] = str(shared / "golden" / words[words.index("--input") + 1])
+    words[words.index("--input") + 1] = str(GOLDEN / words[words.index("--input") + 1])
     words += ["--tokenizer-type", "PretrainedFromHF", "--tokenizer-name-or-path", str(smollm2)]
     words += ["--output-prefix", str(tmp_path / "a"), "--workers", str(workers)]
     assert main(["preprocess", *words]) == 0

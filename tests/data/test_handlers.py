@@ -65,7 +65,21 @@ def test_columns_can_be_renamed():
         make_handler("alpaca", map_keys={"respnse": "r"})
     tags = {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "it"}
     handler = make_handler("sharegpt", map_keys={"messages": "talk", "tags": tags})
-    assert len(handler.convert({"talk": [{"who": "me", "says": "U"}, {"who": "it", "says": "A"}]}).messages) == 2
+    row = {"talk": [{"who": "me", "says": "U"}, {"who": "it", "says": "A"}]}
+    assert len(handler.convert(row).messages) == 2
+    detected = detect_handler([row], map_keys={"messages": "talk", "tags": tags})
+    assert detected is not None and detected.name == "sharegpt" and len(detected.convert(row).messages) == 2
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    chat = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    detected = detect_handler([{"messages": chat}], map_keys={"messages": "messages", "tags": tags})
+    assert detected is not None and detected.name == "sharegpt"
+    for keys, name in (
+        (("from", "value", "human", "gpt"), "sharegpt"),
+        (("role", "content", "user", "assistant"), "messages"),
+    ):
+        row = {"talk": [{keys[0]: keys[2], keys[1]: "U"}, {keys[0]: keys[3], keys[1]: "A"}]}
+        detected = detect_handler([row], map_keys={"messages": "talk"})
+        assert detected is not None and detected.name == name and len(detected.convert(row).messages) == 2
 
 
 def turns(*roles: str) -> list[dict[str, str]]:

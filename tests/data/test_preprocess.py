@@ -238,3 +238,18 @@ def test_unread_columns_are_judged_by_rows_that_convert():
     rows = [{"instruction": 3, "output": "x", "z": 1}, {"conversations": []}, [1], None]
     assert make_handler("alpaca").unread(rows) == []
     assert make_handler("sharegpt").unread([{"conversations": [], "w": 1}]) == []
+
+
+def test_inspect_takes_a_packed_row_apart(tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    rows = rows_file(tmp_path, 6)
+    flags = ("--pack", "--neat-pack", "--seq-length", "128")
+    assert preprocess(tiny_folder, rows, tmp_path / "a", *flags) == 0
+    capfd.readouterr()
+    look = ["inspect", str(tmp_path / "a"), "--row", "1", "--tokenizer-name-or-path", str(tiny_folder), "--no-ids"]
+    assert cli.main(look) == 0
+    said = capfd.readouterr().out
+    numbers = IndexedFile(tmp_path / "a_packed_attention_mask_document")[0]
+    assert numbers.max() > 1 and numbers[-1] == 0
+    lengths = [int(n) for n in re.findall(r"^sample \d+: (\d+) tokens", said, re.MULTILINE)]
+    assert lengths == [int((numbers == n).sum()) for n in range(1, numbers.max() + 1)]
+    assert said.count("⟦") == len(lengths)  # each has its one answer, and the padding is not shown

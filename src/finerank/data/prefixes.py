@@ -10,6 +10,7 @@ follows the last trained token of a sample is left out, since no loss depends on
 """
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def prefix_dataset(settings: DataSettings, prefix: str, template: Template, rece
             if other is not None and not np.array_equal(other.lengths, ids.lengths):
                 raise DataError(f"{prefix}: input_ids and {name} have different lengths; preprocess the rows again.")
     return _dataset(prefix, ids, labels, mask, settings.seq_length, receipt, vocab_size=_vocab_size(template))
+
+
+def segments(prefix: str | Path, row: int) -> list[tuple[int, int]]:
+    """Where the samples of a neat-packed row begin and end; for any other row, the whole of it. Raises DataError."""
+    mask_prefix = field_prefix(prefix, "attention_mask")
+    if not idx_path(mask_prefix).is_file():
+        return [(0, int(IndexedFile(field_prefix(prefix, "input_ids")).lengths[row]))]
+    numbers = IndexedFile(mask_prefix)[row]
+    if not len(numbers) or int(numbers.max()) <= 1:
+        return [(0, len(numbers))]
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if numbers[a] != 0]
 
 
 def open_fields(prefix: Path, part: str = "", *, longest: int) -> TokenDataset:

@@ -145,5 +145,8 @@ def _of_prefix(prefix: str, row: int) -> tuple[str, "dict[str, Rendered]"]:
             ids, labels = (IndexedFile(prefixes.field_prefix(prefix, field)) for field in (ids_name, labels_name))
         if row > min(len(ids), len(labels)):
             raise DataError(f"{prefix} has {len(ids)} samples, no number {row}; samples count from 1.")
-        samples[name] = Rendered(ids[row - 1].tolist(), labels[row - 1].tolist())
+        bounds = prefixes.segments(prefix, row - 1) if kind == "instruction" else [(0, int(ids.lengths[row - 1]))]
+        for number, (start, end) in enumerate(bounds, start=1):
+            part = f"{name} {number}" if len(bounds) > 1 else name
+            samples[part] = Rendered(ids[row - 1][start:end].tolist(), labels[row - 1][start:end].tolist())
     return f"{Path(prefix)} sample {row}", samples

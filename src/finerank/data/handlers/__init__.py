@@ -140,14 +140,18 @@ def detect_handler(
         columns = dict(row)
         for role, column in (map_keys or {}).items():
             if isinstance(column, str) and column in row:  # judged by what the columns are called after renaming
-                columns[_default_column(role)] = row[column]
+                columns[_default_column(role, row[column], has_tags="tags" in (map_keys or {}))] = row[column]
         for stem in sorted(registry.names(__name__), key=lambda s: (_module(s).ORDER, s)):
             if set(map_keys or {}) <= set(_module(stem).KEYS) and _module(stem).matches(columns):
                 return Handler(stem, _columns(stem, map_keys, named=False), mask_history)
     return None
 
 
-def _default_column(role: str) -> str:
+def _default_column(role: str, value: Any, *, has_tags: bool) -> str:
+    if role == "messages":
+        first = value[0] if isinstance(value, list) and value else None
+        is_chat = isinstance(first, dict) and "role" in first and not has_tags
+        return "messages" if is_chat else "conversations"  # ShareGPT's turns, whose keys may have any name
     return {"prompt": "instruction", "query": "input", "response": "output"}.get(role, role)
 
 
