@@ -47,6 +47,7 @@ class TextEncoder:
         self.special_tokens = sorted(special - {""}, key=lambda t: (-len(t), t))
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
         self._to_protect = re.compile("|".join(map(re.escape, [_MARK, *self.special_tokens])))
+        self._first_letters = sorted({_MARK, *(token[0] for token in self.special_tokens)})
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process is sent; what is computed once is computed there again."""
@@ -66,7 +67,14 @@ class TextEncoder:
 
     def protect(self, text: str) -> str:
         """User text in which special tokens will stay text. Raises BadRow where the tokenizer cannot do that."""
-        if self.allow_special_tokens or self._to_protect.search(text) is None:
+        if self.allow_special_tokens:
+            return text
+        for letter in self._first_letters:  # much faster to look for than the expression
+            if letter in text:
+                break
+        else:
+            return text
+        if self._to_protect.search(text) is None:
             return text
         if not self.is_piecewise:
             raise BadRow("special-token text, which this tokenizer cannot keep as text (see --allow-special-tokens)")

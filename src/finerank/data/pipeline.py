@@ -21,9 +21,10 @@ import numpy as np
 
 from finerank.data import readers
 from finerank.data.handlers import Handler, detect_handler, make_handler
+from finerank.data.key_index import KeyIndex
 from finerank.data.receipt import DUPLICATE, FileReceipt, Receipt
 from finerank.data.rows import BadRow
-from finerank.data.samples import TOO_LONG, ChunkResult, Outcome, SampleMaker
+from finerank.data.samples import TOO_LONG, ChunkResult, SampleMaker
 from finerank.data.types import IGNORE_INDEX
 from finerank.errors import ConfigError, DataError
 
@@ -91,7 +92,7 @@ def make_samples(
         raise ConfigError(f"--sample-by {sample_by} has no effect: no file is plain text (.txt); leave it out.")
     receipt.files += [FileReceipt(str(path)) for path in files]
     own = receipt.files[len(receipt.files) - len(files) :]
-    seen: set[bytes] = set()
+    seen = KeyIndex()
     tasks = _tasks(files, own, choose, sample_by)
     for index, result in _map(tasks, maker, workers):
         yield _account(result, own[index], seen, maker, strict=strict, deduplicate=deduplicate)
@@ -181,45 +182,22 @@ def _work(handler: Handler, rows: Rows) -> ChunkResult:
 
 
 def _account(
-    result: ChunkResult, file: FileReceipt, seen: set[bytes], maker: SampleMaker, *, strict: bool, deduplicate: bool
+    result: ChunkResult, file: FileReceipt, seen: KeyIndex, maker: SampleMaker, *, strict: bool, deduplicate: bool
 ) -> ChunkResult:
-    """Enter a chunk's outcomes into the receipt; returns what is left of it."""
-    kept: list[bool] = []
-    outcomes: list[Outcome] = []
-    for outcome in result.outcomes:
-        if outcome.reason is not None:
-            if strict or (outcome.reason == TOO_LONG and maker.rules.overlong == "error"):
-                raise DataError(f"{file.path} row {outcome.row}: {outcome.reason}; correct the row or leave it out.")
-            file.drop(outcome.row, outcome.reason)
-            outcomes.append(outcome)
-            continue
-        is_copy = outcome.digest in seen
-        seen.add(outcome.digest)
-        if is_copy:
-            file.duplicates.add(outcome.row)
-        if is_copy and deduplicate:
-            if strict:
-                raise DataError(f"{file.path} row {outcome.row}: {DUPLICATE}; leave it out.")
-            file.drop(outcome.row, DUPLICATE)
-            outcomes.append(Outcome(outcome.row, DUPLICATE))
-        else:
-            file.keep(outcome.row, truncated=outcome.truncated)
-            outcomes.append(outcome)
-        kept += [not (is_copy and deduplicate)] * outcome.num_samples
-    result = ChunkResult(outcomes, result.flat, result.lengths)
-    if not all(kept):
-        _select(result, np.array(kept, dtype=bool))
-    for ids, labels in _pairs(maker.fields):
+    """Enter a chunk's rows into the receipt; returns what is left of it."""
+    kept = np.flatnonzero(result.is_kept)
+    copies = kept[~seen.add_new(result.digests[kept])]
+    file.duplicates.add_all(result.rows[copies])
+    if deduplicate and len(copies):
+        result.drop(dict.fromkeys(copies.tolist(), DUPLICATE))
+    for i, reason in sorted(result.reasons.items()):
+        row = int(result.rows[i])
+        if strict or (reason == TOO_LONG and maker.rules.overlong == "error"):
+            what = "leave it out" if reason == DUPLICATE else "correct the row or leave it out"
+            raise DataError(f"{file.path} row {row}: {reason}; {what}.")
+        file.drop(row, reason)
+    file.keep_all(len(result.rows) - len(result.reasons), truncated=result.rows[result.truncated])
+    for ids, labels in zip(maker.fields[::2], maker.fields[1::2], strict=True):
         trained = int((result.flat[labels] != IGNORE_INDEX).sum())
         file.add_samples(result.lengths[ids], trained)
     return result
-
-
-def _pairs(fields: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(fields[::2], fields[1::2], strict=True))
-
-
-def _select(result: ChunkResult, kept: np.ndarray) -> None:
-    for name, lengths in result.lengths.items():
-        result.flat[name] = result.flat[name][np.repeat(kept, lengths)]
-        result.lengths[name] = lengths[kept]

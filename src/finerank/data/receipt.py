@@ -34,6 +34,11 @@ class Counted:
         if len(self.first_rows) < FIRST_ROWS:
             self.first_rows.append(row)
 
+    def add_all(self, rows: np.ndarray) -> None:
+        """Count several rows."""
+        self.count += len(rows)
+        self.first_rows += rows[: FIRST_ROWS - len(self.first_rows)].tolist()
+
 
 @dataclass
 class FileReceipt:
@@ -65,6 +70,12 @@ class FileReceipt:
         self.rows_kept += 1
         if truncated:
             self.truncated.add(row)
+
+    def keep_all(self, num_rows: int, *, truncated: np.ndarray) -> None:
+        """Count several rows that were used, and the numbers of those that were cut."""
+        self.rows_read += num_rows
+        self.rows_kept += num_rows
+        self.truncated.add_all(truncated)
 
     def add_samples(self, lengths: np.ndarray, trained_tokens: int) -> None:
         """Count samples made of kept rows."""

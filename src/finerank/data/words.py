@@ -12,7 +12,7 @@ key of 128 bits, and one look-up finds the ids of all (`key_index`). Used only w
     added tokens inside the text are found as the tokenizer finds them: the leftmost, of these the longest.
 
 All other texts go to the tokenizer. Words get their ids from the tokenizer itself, a probe of random texts is compared
-before the cache is used at all, and one text in 64 is compared while it is used: a difference is a bug and stops.
+before the cache is used at all, and one text in 512 is compared while it is used: a difference is a bug and stops.
 
 Shapes: C characters, W words, T tokens.
 """
@@ -35,7 +35,7 @@ Ids = tuple[np.ndarray, np.ndarray]
 
 _KNOWN = re.compile(f"[{cut.KNOWN}]*")
 _MOST_WORDS = 200_000
-_CHECK_EVERY = 64
+_CHECK_EVERY = 512
 _BATCH = 1 << 18
 """Characters worked on at once: their arrays stay in the processor's cache."""
 _LONGEST_TEXT = 1 << 20
