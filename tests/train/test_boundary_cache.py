@@ -22,6 +22,7 @@ from finerank.train.held_out import batch_loss_sum
 from tiny import save_tiny, tiny_model
 
 FAST = ["--device", "cpu", "--seq-length", "128", "--lora-r", "4", "--log-interval", "1000", "--seed", "5"]
+FAST += ["--share-prompts", "false"]  # --cache-boundary cannot share them, and sharing rounds otherwise
 LU = ["--lu-lora-final-layer-index", "1", "--global-batch-size", "8", "--num-epochs", "3", "--lr", "0.02"]
 FROZEN = [*LU, "--lu-lora-rule", "frozen"]
 ONE_LENGTH = ["--pad-to-multiple-of", "128"]
@@ -154,7 +155,7 @@ def test_killed_and_resumed(
     real, left = held_out.loss_sum, [13]  # dies in step 5 of 9
 
     def dying(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
+        left[0] -= torch.is_grad_enabled()  # not where lora_A is found
         if not left[0]:
             raise Killed
         return real(*args, **kwargs)
