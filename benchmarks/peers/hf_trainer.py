@@ -8,7 +8,7 @@ from protocol import Contestant, Stopped, held_out_loss, load_rows, parse
 
 
 def quantized(folder: Any, bits: int) -> Any:
-    """The model as transformers loads it with bitsandbytes; nothing is recomputed and norms stay in bf16: the fastest."""
+    """As transformers loads it with bitsandbytes; nothing is recomputed and norms stay in bf16, which is fastest."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from finerank.checkpoints import megatron_names as names
 from finerank.checkpoints import packing
+from finerank.checkpoints.megatron_nf4 import packed_weights
 from finerank.checkpoints.pickles import Inert
 from finerank.checkpoints.torch_file import StoredTensor, TorchFile, walk
 from finerank.checkpoints.weights import HEAD, LazyWeights, TensorInfo, same_bits
@@ -183,9 +184,10 @@ def _chunk_tables(file: TorchFile) -> list[tuple[dict[str, Part], bool]]:
     tables = []
     for key in keys:
         leaves = dict(walk(content[key]))
-        parts: dict[str, Part] = {}
+        packed, taken = packed_weights(leaves, file)
+        parts: dict[str, Part] = {names.to_mcore(name): part for name, part in packed.items()}
         for name, value in leaves.items():
-            if isinstance(value, StoredTensor):
+            if isinstance(value, StoredTensor) and name not in taken:
                 for new, part in _expand(names.to_mcore(name), value, file):
                     parts[new] = part
         tables.append((parts, names.is_legacy(list(leaves))))

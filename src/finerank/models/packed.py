@@ -17,6 +17,8 @@ Shapes: I in_features, O out_features.
 
 import ctypes
 import logging
+import platform
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -83,22 +85,46 @@ def quantize(weight_OI: Tensor, *, bits: int) -> tuple[Tensor, dict[str, Tensor]
     }
 
 
+def give_back_free_memory() -> None:
+    """Let glibc return what is free to the system, also between what is in use; nothing elsewhere.
+
+    Quantising takes several times a weight's memory for a moment and leaves a little of it in use, again and again;
+    glibc does not fill the gaps well, and a model in 4 bits came to occupy more than it does in 16.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def dequantize_into(out_OI: Tensor, packed: Tensor, scales: Mapping[str, Tensor], *, bits: int) -> Tensor:
-    """Fill `out_OI`, in its precision; returns it."""
+    """Fill `out_OI` (contiguous) in its precision; returns it. NF4 may lack `nested_absmax`: quantised once."""
     if bits == 8:
         return _scale_rows_into(out_OI, packed, scales["row_max"].mul(1.0 / 127.0)[:, None])
-    functional = bitsandbytes_functions()
-    maxima = functional.dequantize_blockwise(
-        scales["absmax"], absmax=scales["nested_absmax"], code=scales["nested_code"], blocksize=NESTED_BLOCK_SIZE
-    ).add_(scales["offset"])
-    if out_OI.device.type == "cpu":
-        into = _c_function(out_OI.dtype) if out_OI.shape[1] % 2 == 0 else None
+    functional, maxima = bitsandbytes_functions(), scales["absmax"]
+    if "nested_absmax" in scales:
+        maxima = functional.dequantize_blockwise(
+            maxima, absmax=scales["nested_absmax"], code=scales["nested_code"], blocksize=NESTED_BLOCK_SIZE
+        ).add_(scales["offset"])
+    out = _in_blocks(out_OI)
+    if out.device.type == "cpu":
+        into = _c_function(out.dtype) if out.shape[1] % 2 == 0 else None
         if into is not None:
-            into(out_OI, packed, maxima)
-            return out_OI
-        # bitsandbytes' CPU side cannot write into a given tensor
-        return out_OI.copy_(functional.dequantize_4bit(packed, _state(maxima, scales["code"], out_OI)))
-    return functional.dequantize_4bit(packed, _state(maxima, scales["code"], out_OI), out=out_OI)
+            into(out, packed, maxima)
+        else:  # bitsandbytes' CPU side cannot write into a given tensor
+            out.copy_(functional.dequantize_4bit(packed, _state(maxima, scales["code"], out)))
+        return out_OI
+    functional.dequantize_4bit(packed, _state(maxima, scales["code"], out), out=out)
+    return out_OI
+
+
+def _in_blocks(out_OI: Tensor) -> Tensor:
+    """The same memory in rows that begin with a block.
+
+    Blocks run on over the ends of rows, but bitsandbytes' AVX512 code (seen in 0.50.2) takes the wrong maximum for
+    most weights when rows are short or do not hold whole blocks, e.g. of 32 or 96 weights.
+    """
+    if out_OI.shape[1] % BLOCK_SIZE == 0:
+        return out_OI
+    return out_OI.view(-1, BLOCK_SIZE) if out_OI.numel() % BLOCK_SIZE == 0 else out_OI.view(1, -1)
 
 
 def _scale_rows_into(out_OI: Tensor, packed_OI: Tensor, step_O1: Tensor) -> Tensor:

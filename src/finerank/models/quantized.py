@@ -29,8 +29,17 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finerank.errors import ConfigError, ModelError
-from finerank.models.packed import BLOCK_SIZE, bitsandbytes_functions, dequantize_into, quantize, shared_buffer
+from finerank.models.packed import (
+    BLOCK_SIZE,
+    bitsandbytes_functions,
+    dequantize_into,
+    give_back_free_memory,
+    quantize,
+    shared_buffer,
+)
 from finerank.models.settings import ModelSettings
+
+_TRIM_EVERY = 4_000_000
 
 
 class QuantizedLinear(nn.Module):
@@ -186,6 +195,9 @@ class _Pack(ConversionOps):
     def __init__(self, refused: list[str]):
         self.refused = refused
 
+    _num_since_trim = 0
+    """Weights quantised since free memory was given back, by all of these; the loader makes one for each tensor."""
+
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         packed = {}
         for name, value in input_dict.items():
@@ -196,6 +208,10 @@ class _Pack(ConversionOps):
             except ModelError as error:
                 self.refused.append(f"{name.removesuffix('.weight')}: {error}")
                 raise
+            _Pack._num_since_trim += weight.numel()
+            if _Pack._num_since_trim >= _TRIM_EVERY:
+                give_back_free_memory()
+                _Pack._num_since_trim = 0
             module._is_hf_initialized = True
         return packed
 

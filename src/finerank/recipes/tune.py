@@ -47,10 +47,15 @@ class Settings(ModelSettings, VocabularySettings, DataSettings, AdapterSettings,
 
     IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
 
+    qlora_save_dequantize: bool = setting(
+        False, help="with --load-4bit or --load-8bit: write the dequantised base into the run folder at the end"
+    )
     replay: str | None = setting(None, help="run the batch of a nonfinite-step file once more, and nothing else")
 
     def __post_init__(self) -> None:
         check_train_settings(self)
+        if self.qlora_save_dequantize and not (self.load_4bit or self.load_8bit):
+            raise ConfigError("--qlora-save-dequantize needs a quantised base: add --load-4bit or --load-8bit.")
         check_preference_settings(self, stage=self.stage)
         check_initial(self)
 
@@ -287,9 +292,20 @@ def _leave(
     )
     write_text(folder / "README.md", run_folder.model_card(settings, results, receipt=splits.receipt))
     run_folder.write_files(folder, lambda aside: loss_curve(folder / FILE_NAME, aside / "training_loss.png"))
+    if settings.qlora_save_dequantize:
+        _save_dequantized(settings, folder, loaded)
     run_folder.write_json(folder / run_folder.RESULTS, results)
     for line in run_folder.summary(folder, results):
         print(line)
+
+
+def _save_dequantized(settings: Settings, folder: Path, loaded: "LoadedModel") -> None:
+    from finerank.checkpoints.quantized_base import save_dequantized
+
+    assert settings.load is not None
+    saved = save_dequantized(folder, settings.load, 4 if settings.load_4bit else 8, loaded.model.dtype)
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    _say(f"the dequantised base is in {saved} ({size / 1e6:.1f} MB)")
 
 
 def _replay(settings: Settings, path: Path) -> int:
