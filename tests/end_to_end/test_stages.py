@@ -14,7 +14,7 @@ from finerank.train import reference
 from tiny import save_tiny
 
 FLAGS = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
-FLAGS += ["--lr", "0.01", "--global-batch-size", "8", "--val-set-size", "8", "--save-interval-minutes", "0"]
+FLAGS += ["--lr", "0.01", "--global-batch-size", "8", "--save-interval-minutes", "0"]
 FLAGS += ["--threads", "1", "--no-tune-runtime"]
 ADAPTER = "adapter_model.safetensors"
 
@@ -55,8 +55,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
-    return cli.main(["tune", "--load", str(base), "--data-path", str(rows), "--output-dir", str(run), *FLAGS, *flags])
+def tune(base: Path, rows: Path, run: Path, *flags: str, held_out: int = 8) -> int:
+    given = ["--load", str(base), "--data-path", str(rows), "--output-dir", str(run), "--val-set-size", str(held_out)]
+    return cli.main(["tune", *given, *FLAGS, *flags])
 
 
 def results(run: Path) -> dict:
@@ -109,7 +110,7 @@ def test_before_training_dpo_knows_no_preference(base: Path, pairs: Path, tmp_pa
 def test_the_reference_is_computed_once(
     base: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--stage", "dpo", "--train-iters", "6", "--save-interval", "3"]
+    flags = ["--stage", "dpo", "--train-iters", "6", "--save-interval", "3", "--keep-last", "9"]
     assert tune(base, pairs, tmp_path / "run", *flags) == 0
     assert capsys.readouterr().err.count("one pass over them") == 2  # rows to train on, rows held out
     assert tune(base, pairs, tmp_path / "beta", *flags, "--pref-beta", "0.5") == 0
@@ -141,7 +142,7 @@ def test_a_damaged_reference_file_is_made_anew(base: Path, pairs: Path, tmp_path
 
 def test_going_on_from_an_adapter_takes_it_as_the_reference(base: Path, pairs: Path, tmp_path: Path) -> None:
     assert tune(base, pairs, tmp_path / "first", "--stage", "dpo", "--train-iters", "6") == 0
-    first = ["--lora-load", str(tmp_path / "first"), "--lora-r", "16"]
+    first = ["--lora-load", str(tmp_path / "first")]
     assert tune(base, pairs, tmp_path / "second", *first, "--stage", "dpo", "--train-iters", "2") == 0
     row = metrics(tmp_path / "second")[0]
     assert row["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -166,17 +167,17 @@ def test_a_broken_step_over_pairs_is_replayed(base: Path, pairs: Path, tmp_path:
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     tensors = safetensors.torch.load_file(broken / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("inf")
     safetensors.torch.save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     run = tmp_path / "run"
-    flags = ["--stage", "dpo", "--pref-loss", "orpo", "--val-set-size", "0", "--train-iters", "2"]
-    assert tune(broken, pairs, run, *flags) == 4
+    flags = ["--stage", "dpo", "--pref-loss", "orpo", "--train-iters", "2", "--no-pack"]
+    assert tune(broken, pairs, run, *flags, held_out=0) == 4
     capsys.readouterr()
     replay = run / "nonfinite-step-1.safetensors"
     assert cli.main(["tune", "--config", str(run / "config.yaml"), "--replay", str(replay)]) == 4
     assert "model.layers.2.mlp.up_proj" in capsys.readouterr().out
     # and with numbers of a reference, which the file holds
-    assert tune(broken, pairs, tmp_path / "dpo", "--stage", "dpo", "--train-iters", "2") == 4
+    assert tune(broken, pairs, tmp_path / "dpo", "--stage", "dpo", "--no-pack") == 4
     assert "reference log-probability of pair 0 is not finite" in capsys.readouterr().err
 
 
