@@ -7,6 +7,11 @@ The rows are repeated to `--num-rows`. Both tokenise with the Qwen template at 2
 worker processes and no cache. The peer runs in its own virtual environment (see `PEER` for what it does); times count
 reading, conversion and tokenisation, not imports. Runs alternate, and the best of `--repeat` counts. Ids and labels of
 both are compared for the rows that neither cuts.
+
+    python benchmarks/preprocess.py --rows alpaca.json --tokenizer FOLDER --workers 2 --sizes 10000 100000 2600000
+
+measures finerank alone on JSON arrays of so many rows, all different: rows a second and the most resident memory of
+the main process and of a worker. 2,600,000 rows of the Alpaca file are about 2 GB.
 """
 
 import argparse
@@ -44,7 +49,7 @@ print("RESULT " + json.dumps({"seconds": seconds, "rows": len(rows), "first": fi
 """
 
 OURS = r"""
-import json, os, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from finerank.data.receipt import Receipt
@@ -58,7 +63,8 @@ start = time.perf_counter()
 rows = rows_dataset(settings, [path], load_template(settings, tokenizer), Receipt())
 seconds = time.perf_counter() - start
 first = [{"ids": rows.ids(i).tolist(), "labels": rows.labels(i).tolist()} for i in range(200)]
-print("RESULT " + json.dumps({"seconds": seconds, "rows": len(rows), "first": first}))
+peaks = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print("RESULT " + json.dumps({"seconds": seconds, "rows": len(rows), "first": first, "peak_mib": peaks}))
 """
 
 
@@ -81,6 +87,28 @@ def same_share(ours: dict[str, Any], peer: dict[str, Any]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
+def measure_sizes(rows: list[dict[str, Any]], sizes: list[int], tokenizer: str, workers: str) -> None:
+    """One line for each size; the rows are numbered, so that none is a copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        for size in sizes:
+            with path.open("w", encoding="utf-8") as file:
+                for i in range(size):
+                    row = {**rows[i % len(rows)], "instruction": f"{i}. {rows[i % len(rows)]['instruction']}"}
+                    file.write(("[" if i == 0 else ",\n") + json.dumps(row))
+                file.write("]")
+            result = measure(sys.executable, OURS, str(path), tokenizer, workers)
+            told = {
+                "num_rows": size,
+                "megabytes": round(path.stat().st_size / 1e6),
+                "seconds": round(result["seconds"], 2),
+                "rows_per_second": round(result["rows"] / result["seconds"]),
+                "peak_mib_main": result["peak_mib"][0],
+                "peak_mib_worker": result["peak_mib"][1],
+            }
+            print(json.dumps(told), flush=True)
+
+
 def main() -> None:
     """Measure and print; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,9 +118,12 @@ def main() -> None:
     parser.add_argument("--workers", default="2")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peer-python", help="python of a virtual environment with llamafactory; none: only finerank")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of rows to measure finerank alone on")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     rows = json.loads(options.rows.read_text(encoding="utf-8"))
+    if options.sizes:
+        return measure_sizes(rows, options.sizes, options.tokenizer, options.workers)
     rows = (rows * (options.num_rows // len(rows) + 1))[: options.num_rows]
     best: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +135,7 @@ def main() -> None:
         for _ in range(options.repeat):
             for name, (python, code, data) in sides.items():
                 result = measure(python, code, data, options.tokenizer, options.workers)
+                print(f"{name}: {result['rows'] / result['seconds']:.0f} rows a second", file=sys.stderr, flush=True)
                 if name not in best or result["seconds"] < best[name]["seconds"]:
                     best[name] = result
     table = {
