@@ -39,7 +39,7 @@ from finerank.models.packed import (
 )
 from finerank.models.settings import ModelSettings
 
-_TRIM_EVERY = 4_000_000
+_TRIM_EVERY = 1_000_000
 
 
 class QuantizedLinear(nn.Module):
