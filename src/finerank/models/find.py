@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finerank.errors import ModelError
-from finerank.models.settings import ModelSettings
+from finerank.models.settings import SourceSettings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Any one of these makes a folder hold a tokenizer."""
@@ -35,7 +35,7 @@ class FoundModel:
     name: str
 
 
-def find_model(settings: ModelSettings, *, weights: bool = True) -> FoundModel:
+def find_model(settings: SourceSettings, *, weights: bool = True) -> FoundModel:
     """The folder of `--load`, fetched or converted if needed. `weights=False` fetches only its small files.
 
     Raises:
@@ -49,7 +49,7 @@ def find_model(settings: ModelSettings, *, weights: bool = True) -> FoundModel:
     return found
 
 
-def _locate(name: str, settings: ModelSettings, *, weights: bool) -> FoundModel:
+def _locate(name: str, settings: SourceSettings, *, weights: bool) -> FoundModel:
     from finerank.models import default_model
 
     path = Path(name).expanduser()

@@ -33,7 +33,7 @@ from finerank.models.find import (
     weight_files,
 )
 from finerank.models.quantized import quantization_config
-from finerank.models.settings import ModelSettings
+from finerank.models.settings import ModelSettings, SourceSettings
 from finerank.models.vocabulary import add_tokens, grow_vocabulary
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer", "pick_device", "pick_dtype"]
@@ -107,7 +107,7 @@ def load_model(
     return LoadedModel(model.eval().to(device), tokenizer, source, tuple(ids))
 
 
-def load_tokenizer(settings: ModelSettings, *, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: SourceSettings, *, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer-name-or-path`, else the one beside the model, with new tokens put into it.
 
     A missing pad token becomes eos. Raises ModelError when there is none.
@@ -118,7 +118,7 @@ def load_tokenizer(settings: ModelSettings, *, new_tokens: Sequence[str] = ()) -
     return tokenizer
 
 
-def _load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+def _load_tokenizer(settings: SourceSettings) -> PreTrainedTokenizerBase:
     named = settings.tokenizer_name_or_path
     if named is not None:
         path = Path(named).expanduser()
@@ -131,7 +131,7 @@ def _load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return _read_tokenizer(folder, name, settings)
 
 
-def _read_tokenizer(folder: Path, name: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, name: str, settings: SourceSettings) -> PreTrainedTokenizerBase:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(f"There is no tokenizer with {name}; name one with --tokenizer-name-or-path FOLDER.")
     try:
@@ -149,7 +149,7 @@ def _sentence(error: Exception) -> str:
     return lines[0].rstrip(".")
 
 
-def _config_folder(settings: ModelSettings) -> Path:
+def _config_folder(settings: SourceSettings) -> Path:
     if settings.model_config is None:
         raise ConfigError("No model is named: give --load smollm2-135m (or a folder, hub id or .gguf file).")
     path = Path(settings.model_config).expanduser()
@@ -159,7 +159,7 @@ def _config_folder(settings: ModelSettings) -> Path:
     return folder
 
 
-def _read_config(folder: Path, name: str, settings: ModelSettings) -> Any:
+def _read_config(folder: Path, name: str, settings: SourceSettings) -> Any:
     """The transformers config, refused unless it is a causal language model's."""
     stored = read_config_json(folder, name)
     kind = stored["model_type"]

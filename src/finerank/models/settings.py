@@ -15,8 +15,8 @@ class VocabularySettings:
 
 
 @dataclass(kw_only=True)
-class ModelSettings:
-    """Which base model, in which precision, where."""
+class SourceSettings:
+    """Which base model and tokenizer."""
 
     load: str | None = setting(
         None,
@@ -27,6 +27,14 @@ class ModelSettings:
     tokenizer_name_or_path: str | None = setting(
         None, help="tokenizer folder or hub id when it is not with the model", flags=("--tokenizer-model",)
     )
+    revision: str | None = setting(None, help="hub revision of the base model")
+    trust_remote_code: bool = setting(False, help="run the Python code that a model folder brings along")
+
+
+@dataclass(kw_only=True)
+class ModelSettings(SourceSettings):
+    """The same, in which precision, where."""
+
     dtype: str = setting(
         "auto", choices=("auto", "bf16", "fp32"), help="base weights: auto takes bf16 where it is fast"
     )
@@ -36,5 +44,3 @@ class ModelSettings:
     load_8bit: bool = setting(False, help="keep the base's linears in 8 bits")
     bf16: bool = setting(False, help="same as --dtype bf16, as Megatron spells it")
     device: str = setting("auto", help="cpu, cuda, cuda:N, mps or auto")
-    revision: str | None = setting(None, help="hub revision of the base model")
-    trust_remote_code: bool = setting(False, help="run the Python code that a model folder brings along")

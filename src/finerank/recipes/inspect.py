@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from finerank.config import setting
 from finerank.data.settings import RowSettings
 from finerank.errors import ConfigError, DataError
-from finerank.models.settings import ModelSettings, VocabularySettings
+from finerank.models.settings import SourceSettings, VocabularySettings
 
 if TYPE_CHECKING:
     from finerank.data.types import Rendered
 
 
 @dataclass(kw_only=True)
-class Settings(ModelSettings, VocabularySettings, RowSettings):
+class Settings(SourceSettings, VocabularySettings, RowSettings):
     """All settings of inspect."""
 
     data: str | None = setting(None, help="file of rows, or an indexed prefix", positional=True)

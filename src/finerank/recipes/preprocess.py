@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from finerank.config import setting
 from finerank.data.settings import RowSettings
 from finerank.errors import ConfigError
-from finerank.models.settings import ModelSettings, VocabularySettings
+from finerank.models.settings import SourceSettings, VocabularySettings
 
 if TYPE_CHECKING:
     from finerank.data.megatron import IndexedOptions
@@ -30,7 +30,7 @@ _IGNORED = """
 
 
 @dataclass(kw_only=True)
-class Settings(ModelSettings, VocabularySettings, RowSettings):
+class Settings(SourceSettings, VocabularySettings, RowSettings):
     """All settings of preprocess."""
 
     IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
