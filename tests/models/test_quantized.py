@@ -311,8 +311,8 @@ def test_the_whole_model_is_never_in_memory(folder: Path, tmp_path: Path):
         command = [sys.executable, "-c", GROWTH, str(tmp_path), str(folder), bits]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         growth[bits] = int(said.split("growth")[1])
-    assert growth["4"] < 0.30 * whole + (16 << 20), growth  # a tensor or two, and what the library keeps
-    assert growth["8"] < 0.55 * whole + (16 << 20), growth
+    assert growth["4"] < 0.30 * whole + (32 << 20), growth  # what a million weights and the largest need for a moment
+    assert growth["8"] < 0.55 * whole + (32 << 20), growth
     assert growth["16"] > 0.9 * whole, growth  # so that is what would be seen
 
 
