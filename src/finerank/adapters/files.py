@@ -168,10 +168,10 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         drop_tied_head(model, found, folder)
     names = [name for name in linear_names(model) if name in found.linears]
     targets = _with_groups(names, found.linears, metadata.get(SHARED, "").split())
-    targets += [*experts, *(Target(name, kind="embedding") for name in found.embeddings)]
-    adapters = place_adapters(
-        model, targets, _normal(config), saved=list(found.whole), rows=rows, seed=0, trainable=trainable
-    )
+    # in the model's order, as a new adapter's: a file's tensors come in any
+    targets += [*experts, *(Target(name, kind="embedding") for name in modules if name in found.embeddings)]
+    saved = [name for name in modules if name in found.whole]
+    adapters = place_adapters(model, targets, _normal(config), saved=saved, rows=rows, seed=0, trainable=trainable)
     with torch.no_grad():
         for name, layer in adapters.layers.items():
             layer.lora_A.copy_(found.linears[name]["lora_A"])
