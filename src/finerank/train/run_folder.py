@@ -74,7 +74,7 @@ def clear(folder: Path) -> None:
     with storage_errors(folder):
         for _, checkpoint in checkpoints(folder):
             discard_folder(checkpoint)
-        for name in ("tensorboard", "boundary_cache"):
+        for name in ("tensorboard", "boundary_cache", "dequantized_base"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in _OWN_FILES:
             (folder / name).unlink(missing_ok=True)
