@@ -204,7 +204,8 @@ def summarise(runners: list[Runner], args: argparse.Namespace) -> dict[str, Any]
                 "step_seconds": runner.seconds,
             }
         )
-    return {"machine": machine(args.threads), "arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}
+    told = {name: value.name if isinstance(value, Path) else str(value) for name, value in vars(args).items()}
+    return {"machine": machine(args.threads), "arguments": told, "rows": rows}
 
 
 def machine(threads: int) -> dict[str, Any]:
