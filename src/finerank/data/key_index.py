@@ -15,11 +15,12 @@ import numpy as np
 
 _MIX_LOW, _MIX_HIGH, _MIX = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93))
 _HALF = np.uint64(32)
-_GROWTH = 4
+_MOST_FULL = 0.7
+"""Of the table's places; beyond that probes become long. A key takes 29 to 57 bytes."""
 
 
 class KeyIndex:
-    """Keys numbered in the order in which they were added. At most half of the table is ever full."""
+    """Keys numbered in the order in which they were added."""
 
     def __init__(self, bits: int = 12):
         """Args: bits: the table begins with 2 ** bits places."""
@@ -49,8 +50,8 @@ class KeyIndex:
     def add(self, keys_N2: np.ndarray) -> None:
         """Add keys that differ from one another and from all that are there."""
         bits = self._bits
-        while (self._count + len(keys_N2)) * 2 > 1 << bits:
-            bits += _GROWTH.bit_length() - 1
+        while self._count + len(keys_N2) > _MOST_FULL * (1 << bits):
+            bits += 1
         if bits != self._bits:
             full = np.flatnonzero(self._number >= 0)
             keys, numbers = self._keys[full], self._number[full]
