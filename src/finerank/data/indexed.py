@@ -46,9 +46,9 @@ class IndexedWriter:
         self.prefix = Path(prefix)
         self.code = code
         self.dtype = np.dtype(_DTYPES[code])
+        # of each call of `add`, in 32 bits: millions of samples pass through here
         self._lengths: list[np.ndarray] = []
-        self._boundaries: list[np.ndarray] = [np.zeros(1, np.int64)]
-        self._count = 0
+        self._boundaries: list[np.ndarray] = []
         with storage_errors(bin_path(self.prefix)):
             self._file = open(bin_path(self.prefix), "wb", buffering=1 << 20)  # noqa: SIM115  closed in __exit__
 
@@ -64,10 +64,9 @@ class IndexedWriter:
         assert int(lengths.sum()) == len(flat)
         with storage_errors(bin_path(self.prefix)):
             self._file.write(np.ascontiguousarray(flat, self.dtype).tobytes())
-        self._lengths.append(lengths)
+        self._lengths.append(lengths.astype(np.int32))
         after = np.arange(1, len(lengths) + 1) if boundaries is None else boundaries
-        self._boundaries.append(self._count + after.astype(np.int64))
-        self._count += len(lengths)
+        self._boundaries.append(after.astype(np.int32))
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -81,15 +80,21 @@ class IndexedWriter:
             self._write_index()
 
     def _write_index(self) -> None:
-        lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
-        boundaries = np.concatenate(self._boundaries)
-        starts = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1] * self.dtype.itemsize, out=starts[1:])
+        num_sequences, num_boundaries = (sum(map(len, parts)) for parts in (self._lengths, self._boundaries))
         with storage_errors(idx_path(self.prefix)), open(idx_path(self.prefix), "wb") as file:
-            file.write(_HEAD.pack(_MAGIC, 1, self.code, len(lengths), len(boundaries)))
-            file.write(lengths.astype("<i4").tobytes())
-            file.write(starts.astype("<i8").tobytes())
-            file.write(boundaries.astype("<i8").tobytes())
+            file.write(_HEAD.pack(_MAGIC, 1, self.code, num_sequences, num_boundaries + 1))
+            for lengths in self._lengths:
+                file.write(lengths.astype("<i4").tobytes())
+            start = 0
+            for lengths in self._lengths:
+                ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+                file.write((ends - lengths * np.int64(self.dtype.itemsize)).astype("<i8").tobytes())
+                start = int(ends[-1]) if len(ends) else start
+            file.write(np.zeros(1, "<i8").tobytes())
+            count = 0
+            for lengths, after in zip(self._lengths, self._boundaries, strict=True):
+                file.write((count + after.astype("<i8")).tobytes())
+                count += len(lengths)
             file.flush()
             os.fsync(file.fileno())
 
