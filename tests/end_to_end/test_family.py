@@ -15,6 +15,8 @@ from finerank.generate.load import load_generator
 from finerank.generate.settings import GeneratorSettings
 from tiny import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
 FAST += ["--lr", "0.01", "--global-batch-size", "8", "--val-set-size", "8", "--save-interval-minutes", "0"]
 FAST += ["--threads", "1", "--no-tune-runtime", "--train-iters", "6"]
@@ -58,15 +60,6 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "experts-4bit": ("mixtral", [*EXPERTS, "--load-4bit"]),
 }
 """By name: family and flags."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads gain nothing on a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from finerank import cli
 from finerank.files import sha256_file
 from tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
 FAST += ["--lr", "0.02", "--global-batch-size", "8", "--val-set-size", "8", "--save-interval-minutes", "0"]
@@ -30,15 +31,6 @@ METHODS = {
     "4bit-pissa": ["--load-4bit", "--init-lora-weights", "pissa"],
     "8bit-feedback": ["--load-8bit", *LU],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads gain nothing on a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,26 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from finerank import cli
 from finerank.files import sha256_file
 from finerank.train import reference
 from tiny import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
 FLAGS += ["--lr", "0.01", "--global-batch-size", "8", "--save-interval-minutes", "0"]
 FLAGS += ["--threads", "1", "--no-tune-runtime"]
 ADAPTER = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads gain nothing on a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,9 @@ import yaml
 from finerank import cli
 from finerank.files import sha256_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "128", "--lora-r", "4", "--log-interval", "1000"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads gain nothing on a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from finerank import cli
 from finerank.files import sha256_file
 from tiny import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = ["--dtype", "fp32", "--device", "cpu", "--seq-length", "128", "--lora-r", "4", "--log-interval", "1000"]
 FLAGS += ["--train-iters", "4", "--lr", "0.02"]
 
@@ -24,15 +26,6 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "new tokens and whole": ("llama", ["--add-tokens", "<tool>", "--lora-modules-to-save", "embed_tokens", "lm_head"]),
     "low rank and tied": ("llama_tied", ["--lora-target-modules", "q_proj", "lm_head", "--ensure-weight-tying"]),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads gain nothing on a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

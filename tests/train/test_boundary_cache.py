@@ -21,19 +21,13 @@ from finerank.train.boundary_cache import BoundaryCache, HiddenFile
 from finerank.train.held_out import batch_loss_sum
 from tiny import save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = ["--device", "cpu", "--seq-length", "128", "--lora-r", "4", "--log-interval", "1000", "--seed", "5"]
 FAST += ["--share-prompts", "false"]  # --cache-boundary cannot share them, and sharing rounds otherwise
 LU = ["--lu-lora-final-layer-index", "1", "--global-batch-size", "8", "--num-epochs", "3", "--lr", "0.02"]
 FROZEN = [*LU, "--lu-lora-rule", "frozen"]
 ONE_LENGTH = ["--pad-to-multiple-of", "128"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
