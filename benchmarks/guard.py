@@ -10,11 +10,10 @@ counts, so it does not matter how fast the machine is, nor much what else it doe
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "src"))
+sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
+
+from tune_step import cpu_name  # noqa: E402
 
 from finerank.models.runtime import set_threads, tune_runtime  # noqa: E402
 
@@ -70,14 +71,23 @@ def plain_step(rows: Rows, num_layers: int) -> Callable[[], float]:
     model = get_peft_model(
         make_model(num_layers), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     ).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     trained = sum(int((labels[1:] != -100).sum()) for _, labels in rows)
+
+    def losses() -> Iterator[Tensor]:
+        for ids, labels in rows:
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()
+            yield nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / trained
+
+    return _step_of([p for p in model.parameters() if p.requires_grad], losses)
+
+
+def _step_of(parameters: list[nn.Parameter], losses: Callable[[], Iterable[Tensor]]) -> Callable[[], float]:
+    """Backward over all losses and AdamW; returns their sum."""
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
 
     def step() -> float:
         total = 0.0
-        for ids, labels in rows:
-            logits = model(input_ids=ids[None]).logits[0, :-1].float()
-            loss = nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / trained
+        for loss in losses():
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -126,19 +136,7 @@ def finerank_step(rows: Rows, num_layers: int) -> Callable[[], float]:
     packs = best_fit([len(ids) - SYSTEM_TOKENS for ids, _ in rows], 2048 - SYSTEM_TOKENS)
     batches = [packed_batch(_Rows(rows), pack, share=True) for pack in packs]  # type: ignore[arg-type]
     trained = sum(batch.num_trained_tokens for batch in batches)
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-
-    def step() -> float:
-        total = 0.0
-        for batch in batches:
-            loss = loss_of(batch) / trained
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total
-
-    return step
+    return _step_of(parameters, lambda: (loss_of(batch) / trained for batch in batches))
 
 
 def measure(num_layers: int, repeats: int) -> list[float]:
@@ -162,12 +160,7 @@ def measure(num_layers: int, repeats: int) -> list[float]:
 
 def machine(threads: int) -> str:
     """What a ratio belongs to."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        cpu = ""
-    return f"{cpu or platform.processor()}, {threads} threads, torch {torch.__version__.partition('+')[0]}"
+    return f"{cpu_name()}, {threads} threads, torch {torch.__version__.partition('+')[0]}"
 
 
 def main() -> int:

@@ -8,8 +8,6 @@ Contestants take their steps by turns over the same rows, as in `tune_step.py`, 
 contestant's step over the first contestant's, step by step. The held-out loss is each one's own, on its own base.
 """
 
-import json
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -47,13 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as log:
         summary = tune_step.summarise(tune_step.race(args, Path(log)), args)
     summary["machine"]["versions"]["bitsandbytes"] = version("bitsandbytes")
-    text = tune_step.table(summary)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
-        command = " ".join(["python", "benchmarks/qlora.py", *sys.argv[1:]])
-        args.output.with_suffix(".md").write_text(f"# A quantised base\n\n    {command}\n\n{text}\n")
+    tune_step.publish(summary, "A quantised base", args.output)
 
 
 if __name__ == "__main__":

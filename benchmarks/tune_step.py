@@ -208,18 +208,23 @@ def summarise(runners: list[Runner], args: argparse.Namespace) -> dict[str, Any]
     return {"machine": machine(args.threads), "arguments": told, "rows": rows}
 
 
+def cpu_name() -> str:
+    """The processor as Linux names it, or what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were measured on."""
     from importlib.metadata import version
 
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    except OSError:
-        names = []
     packages = ("torch", "transformers", "peft", "accelerate")
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
         "threads": threads,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
@@ -247,19 +252,24 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def publish(summary: dict[str, Any], title: str, output: Path | None) -> None:
+    """Print the table; write it, and all numbers, where --output says."""
+    text = table(summary)
+    print(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        output.with_suffix(".md").write_text(f"# {title}\n\n    {command}\n\n{text}\n")
+
+
 def main() -> None:
     import tempfile
 
     args = arguments(__doc__, list(SETUPS)[:3])
     with tempfile.TemporaryDirectory() as log:
         summary = summarise(race(args, Path(log)), args)
-    text = table(summary)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
-        command = " ".join(["python", "benchmarks/tune_step.py", *sys.argv[1:]])
-        args.output.with_suffix(".md").write_text(f"# The tuning step\n\n    {command}\n\n{text}\n")
+    publish(summary, "The tuning step", args.output)
 
 
 if __name__ == "__main__":
