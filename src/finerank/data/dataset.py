@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from finerank.data import pair_prefixes, prefixes, row_cache
+from finerank.data.pairs import Samples
 from finerank.data.receipt import Receipt
-from finerank.data.row_cache import Samples
 from finerank.data.settings import DataSettings
 from finerank.data.stages import check_kind, check_stage
 from finerank.data.templates import Template
@@ -152,11 +152,10 @@ def _load(
             groups.append([path])
     loaded: list[Samples] = []
     for group in groups:
-        if prefixes.kind_of(group[0]) is None:
+        kind = prefixes.kind_of(group[0])
+        if kind is None:
             loaded.append(row_cache.rows_dataset(settings, group, template, receipt))
         else:
-            kind = prefixes.kind_of(group[0])
-            assert kind is not None
             check_kind(group[0], kind, settings.stage)
             read = pair_prefixes.pair_dataset if kind == "pairwise" else prefixes.prefix_dataset
             loaded.append(read(settings, group[0], template, receipt))

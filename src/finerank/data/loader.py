@@ -13,19 +13,28 @@ once.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from finerank.data.packing import best_fit
-from finerank.data.pairs import PairDataset
+from finerank.data.pairs import Samples
 from finerank.data.settings import BatchSettings, RowSettings
 from finerank.data.shared_prompts import Segment, common_prompt, share_prompts
-from finerank.data.tokens import TokenDataset
 from finerank.data.types import IGNORE_INDEX, Batch
 from finerank.errors import ConfigError
 
-Samples = TokenDataset | PairDataset
+
+class _Sequence(NamedTuple):
+    """One sequence of a sample, as a batch has it."""
+
+    ids: np.ndarray
+    """int32 [T]"""
+    targets: np.ndarray
+    """int64 [T], at each position the label of the next one; nothing at the last."""
+    first_trained: int
+    """The first position whose target is trained; T when none is."""
 
 
 class BatchPlan:
@@ -103,7 +112,7 @@ def heaviest_batch(dataset: Samples, settings: BatchSettings, num_rows: int, *, 
     if settings.pack:
         batch = packed_batch(dataset, rows)
     else:
-        batch = padded_batch(dataset, rows, length=_padded_length(dataset, rows, settings), pad_token_id=pad_token_id)
+        batch = _padded_to_fit(dataset, rows, settings, pad_token_id)
     return dataclasses.replace(batch, target_ids=batch.input_ids)
 
 
@@ -112,14 +121,19 @@ def packed_batch(dataset: Samples, rows: Sequence[int], *, share: bool = False) 
 
     With `share`, the prompts that several sequences begin with are there once; see `data.shared_prompts`.
     """
-    sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
-    all_ids, all_targets = [ids for ids, _ in sequences], [_shifted(labels) for _, labels in sequences]
+    return _packed(rows, _read(dataset, rows), _reference(dataset, rows), share=share)
+
+
+def _packed(
+    rows: Sequence[int], samples: Sequence[list[_Sequence]], reference: torch.Tensor | None, *, share: bool
+) -> Batch:
+    sequences = [sequence for sample in samples for sequence in sample]
     if share:
-        segments = share_prompts(all_ids, [_first_trained(targets) for targets in all_targets])
+        segments = share_prompts([own.ids for own in sequences], [own.first_trained for own in sequences])
     else:
-        segments = [Segment(i, 0, len(ids), -1) for i, ids in enumerate(all_ids)]
-    input_ids = np.concatenate([all_ids[s.sequence][s.start : s.end] for s in segments]).astype(np.int64)
-    targets = np.concatenate([all_targets[s.sequence][s.start : s.end] for s in segments])
+        segments = [Segment(i, 0, len(own.ids), -1) for i, own in enumerate(sequences)]
+    input_ids = np.concatenate([sequences[s.sequence].ids[s.start : s.end] for s in segments]).astype(np.int64)
+    targets = np.concatenate([sequences[s.sequence].targets[s.start : s.end] for s in segments])
     positions = np.concatenate([np.arange(s.start, s.end) for s in segments])
     cu_seqlens = np.cumsum([0] + [s.end - s.start for s in segments]).astype(np.int32)
     parents = np.array([s.parent for s in segments], np.int32)
@@ -130,33 +144,39 @@ def packed_batch(dataset: Samples, rows: Sequence[int], *, share: bool = False) 
         cu_seqlens=torch.from_numpy(cu_seqlens),
         parents=torch.from_numpy(parents) if (parents >= 0).any() else None,
         rows=tuple(rows),
-        reference=_reference(dataset, rows),
+        reference=reference,
     )
-
-
-def _first_trained(targets: np.ndarray) -> int:
-    trained = np.flatnonzero(targets != IGNORE_INDEX)
-    return int(trained[0]) if len(trained) else len(targets)
 
 
 def padded_batch(dataset: Samples, rows: Sequence[int], *, length: int, pad_token_id: int) -> Batch:
     """Sequences below each other, padded on the right to `length` tokens."""
-    sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
+    return _padded(rows, _read(dataset, rows), _reference(dataset, rows), length=length, pad_token_id=pad_token_id)
+
+
+def _padded(
+    rows: Sequence[int],
+    samples: Sequence[list[_Sequence]],
+    reference: torch.Tensor | None,
+    *,
+    length: int,
+    pad_token_id: int,
+) -> Batch:
+    sequences = [sequence for sample in samples for sequence in sample]
     shape = (len(sequences), length)
     input_ids = np.full(shape, pad_token_id, np.int64)
     targets = np.full(shape, IGNORE_INDEX, np.int64)
     mask = np.zeros(shape, np.int64)
-    for b, (ids, labels) in enumerate(sequences):
-        input_ids[b, : len(ids)] = ids
-        targets[b, : len(ids)] = _shifted(labels)
-        mask[b, : len(ids)] = 1
+    for b, own in enumerate(sequences):
+        input_ids[b, : len(own.ids)] = own.ids
+        targets[b, : len(own.ids)] = own.targets
+        mask[b, : len(own.ids)] = 1
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         target_ids=torch.from_numpy(targets),
         position_ids=torch.arange(length).repeat(len(sequences), 1),
         attention_mask=torch.from_numpy(mask),
         rows=tuple(rows),
-        reference=_reference(dataset, rows),
+        reference=reference,
     )
 
 
@@ -165,43 +185,55 @@ def _reference(dataset: Samples, rows: Sequence[int]) -> torch.Tensor | None:
     return None if known is None else torch.from_numpy(known[list(rows)])
 
 
+def _read(dataset: Samples, rows: Sequence[int]) -> list[list[_Sequence]]:
+    """The sequences of each sample."""
+    return [[_sequence(ids, labels) for ids, labels in dataset.sequences(row)] for row in rows]
+
+
+def _sequence(ids: np.ndarray, labels: np.ndarray) -> _Sequence:
+    targets = np.append(labels[1:], IGNORE_INDEX).astype(np.int64)
+    trained = np.flatnonzero(targets != IGNORE_INDEX)
+    return _Sequence(ids, targets, int(trained[0]) if len(trained) else len(targets))
+
+
 def _micro_batches(dataset: Samples, rows: Sequence[int], settings: BatchSettings, pad_token_id: int) -> list[Batch]:
     lengths, most = dataset.lengths, settings.micro_batch_size
     assert most != "auto"  # see `_check`
     if settings.pack:
-        share = bool(settings.share_prompts)
-        once = _common_prompt(dataset, rows) if share else 0
-        own = [int(lengths[row]) - once * len(dataset.sequences(row)) for row in rows]
-        packs = best_fit(own, settings.micro_batch_tokens - once, most=most)
-        return [packed_batch(dataset, [rows[i] for i in pack], share=share) for pack in packs]
-    size = most or 1
+        return _packs(dataset, rows, settings, most)
     ordered = sorted(rows, key=lambda row: -int(lengths[row]))
+    size = most or 1
+    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [_padded_to_fit(dataset, own, settings, pad_token_id) for own in groups]
+
+
+def _packs(dataset: Samples, rows: Sequence[int], settings: BatchSettings, most: int | None) -> list[Batch]:
+    samples = _read(dataset, rows)
+    once, share = 0, bool(settings.share_prompts)
+    if share:
+        sequences = [sequence for sample in samples for sequence in sample]
+        once = common_prompt([own.ids for own in sequences], [own.first_trained for own in sequences])
+    own_lengths = [sum(len(own.ids) - once for own in sample) for sample in samples]
     batches = []
-    for start in range(0, len(ordered), size):
-        own = ordered[start : start + size]
-        length = _padded_length(dataset, own, settings)
-        batches.append(padded_batch(dataset, own, length=length, pad_token_id=pad_token_id))
+    for pack in best_fit(own_lengths, settings.micro_batch_tokens - once, most=most):
+        own_rows = [rows[i] for i in pack]
+        batches.append(_packed(own_rows, [samples[i] for i in pack], _reference(dataset, own_rows), share=share))
     return batches
 
 
-def _common_prompt(dataset: Samples, rows: Sequence[int]) -> int:
-    """Tokens that all sequences begin with, none of them trained."""
-    sequences = [sequence for row in rows for sequence in dataset.sequences(row)]
-    return common_prompt([ids for ids, _ in sequences], [_first_trained(_shifted(labels)) for _, labels in sequences])
+def _padded_to_fit(dataset: Samples, rows: Sequence[int], settings: BatchSettings, pad_token_id: int) -> Batch:
+    """A padded batch of the length that the settings want."""
+    samples = _read(dataset, rows)
+    length = _padded_length(max(len(own.ids) for sample in samples for own in sample), settings)
+    return _padded(rows, samples, _reference(dataset, rows), length=length, pad_token_id=pad_token_id)
 
 
-def _padded_length(dataset: Samples, rows: Sequence[int], settings: BatchSettings) -> int:
-    longest = max(len(ids) for row in rows for ids, _ in dataset.sequences(row))
+def _padded_length(longest: int, settings: BatchSettings) -> int:
     if not settings.variable_seq_lengths:
         assert isinstance(settings, RowSettings)
         longest = settings.seq_length
     multiple = settings.pad_to_multiple_of
     return math.ceil(longest / multiple) * multiple
-
-
-def _shifted(labels: np.ndarray) -> np.ndarray:
-    """int64 targets: at each position the label of the next one; nothing at the last."""
-    return np.append(labels[1:], IGNORE_INDEX).astype(np.int64)
 
 
 def _check(settings: BatchSettings) -> None:

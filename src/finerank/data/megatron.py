@@ -99,7 +99,7 @@ def _counted(results: Iterator[ChunkResult], options: IndexedOptions) -> Iterato
     done = 0
     for result in results:
         yield result
-        done += len(result.outcomes)
+        done += len(result.rows)
         if options.on_rows is not None:
             options.on_rows(done)
 
@@ -121,15 +121,9 @@ def _write_samples(prefix: Path, results: Iterator[ChunkResult], fields: Sequenc
 
 def _boundaries(result: ChunkResult) -> np.ndarray:
     """How many of the chunk's samples lie before each document boundary: one after each row, kept or too long."""
-    after: list[int] = []
-    count = 0
-    for outcome in result.outcomes:
-        if outcome.reason is None:
-            count += outcome.num_samples
-            after.append(count)
-        elif outcome.reason == TOO_LONG:
-            after.append(count)
-    return np.array(after, np.int64)
+    ends_document = result.is_kept
+    ends_document[[i for i, reason in result.reasons.items() if reason == TOO_LONG]] = True
+    return np.cumsum(result.num_samples)[ends_document]
 
 
 def _write_text(prefix: Path, results: Iterator[ChunkResult], options: IndexedOptions) -> None:

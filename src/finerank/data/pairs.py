@@ -62,6 +62,10 @@ class PairDataset:
         return cls(TokenDataset.concat(chosen), TokenDataset.concat(rejected))
 
 
+Samples = TokenDataset | PairDataset
+"""What a batch plan draws from."""
+
+
 def fit_pair(turns: Sequence[list[EncodedTurn]], limit: int) -> tuple[list[list[EncodedTurn]], bool]:
     """Both samples of a pair cut to `limit` tokens, and whether anything was cut; they keep the same prompt.
 

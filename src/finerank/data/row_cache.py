@@ -18,7 +18,7 @@ from pathlib import Path
 from finerank.data import prefixes
 from finerank.data.handlers import Handler
 from finerank.data.indexed import IndexedWriter
-from finerank.data.pairs import PairDataset
+from finerank.data.pairs import PairDataset, Samples
 from finerank.data.pipeline import Rows, choose_handler, make_samples
 from finerank.data.readers import input_files
 from finerank.data.receipt import Receipt
@@ -33,8 +33,6 @@ VERSION = 2
 """Raise it when the same rows and settings would give other ids or another receipt."""
 
 _PREFIX = "rows"
-
-Samples = TokenDataset | PairDataset
 
 
 def rows_dataset(settings: DataSettings, paths: list[str], template: Template, receipt: Receipt) -> Samples:

@@ -30,17 +30,6 @@ MEGATRON_LONGEST = 100_000
 """What MindSpeed-LLM's preprocessing cuts at when no `--seq-length` is given."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one row."""
-
-    row: int
-    reason: str | None = None
-    """Why it was dropped; None when it was kept."""
-    num_samples: int = 0
-    truncated: bool = False
-
-
 @dataclass
 class ChunkResult:
     """The samples of a chunk, field by field, and what became of each row."""
@@ -66,12 +55,6 @@ class ChunkResult:
         kept = np.ones(len(self.rows), bool)
         kept[list(self.reasons)] = False
         return kept
-
-    @property
-    def outcomes(self) -> list[Outcome]:
-        """What became of each row, one by one."""
-        told = zip(self.rows.tolist(), self.num_samples.tolist(), self.truncated.tolist(), strict=True)
-        return [Outcome(row, self.reasons.get(i), count, cut) for i, (row, count, cut) in enumerate(told)]
 
     def drop(self, reasons: Mapping[int, str]) -> None:
         """Leave out further rows, with their samples."""

@@ -4,6 +4,7 @@ Shapes: B sequences side by side, T tokens, S packed sequences.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -75,6 +76,12 @@ class Batch:
     reference: torch.Tensor | None = None
     """fp32 [rows, 2], for pairs: log-probabilities of chosen and rejected under the reference model. A pair is two
     sequences, the chosen one first."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `models.forward.loss_sum` and `models.log_probs.sequence_log_probs` take, by name."""
+        names = ("input_ids", "target_ids", "position_ids", "cu_seqlens", "attention_mask", "parents")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def num_trained_tokens(self) -> int:

@@ -109,22 +109,21 @@ def _of_rows(settings: Settings, tokenizer: Any) -> tuple[str, "dict[str, Render
         overlong=settings.overlong,
         train_on_prompt=settings.train_on_prompt,
         append_eod=settings.append_eod,
-        pairwise=handler.name.endswith("pairwise"),
+        pairwise=handler.kind == "pairwise",
     )
     result = SampleMaker(load_template(settings, tokenizer), rules)(handler, [found])
-    [outcome] = result.outcomes
-    if outcome.reason is not None:
-        raise DataError(f"{path} row {settings.row} cannot be used: {outcome.reason}.")
+    if result.reasons:
+        raise DataError(f"{path} row {settings.row} cannot be used: {result.reasons[0]}.")
     samples: dict[str, Rendered] = {}
     names = list(result.flat)
     for ids_name, labels_name in zip(names[::2], names[1::2], strict=True):
         at = 0
         for number, length in enumerate(result.lengths[ids_name].tolist(), start=1):
             ids, labels = (result.flat[name][at : at + length].tolist() for name in (ids_name, labels_name))
-            part = f" {number}" if outcome.num_samples > 1 else ""
+            part = f" {number}" if result.num_samples[0] > 1 else ""
             samples[ids_name.removesuffix("input_ids").rstrip("_") + part or "sample"] = Rendered(ids, labels)
             at += length
-    cut = ", cut to --seq-length" if outcome.truncated else ""
+    cut = ", cut to --seq-length" if result.truncated[0] else ""
     return f"{path} row {settings.row} ({handler.name}{cut})", samples
 
 
