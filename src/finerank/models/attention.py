@@ -12,6 +12,7 @@ Sliding windows, soft-capped scores and attention sinks are computed too; what i
 Shapes: T tokens of all sequences, t of one sequence, S sequences, H query heads, G key-value heads, K head size.
 """
 
+import functools
 import inspect
 import itertools
 import logging
@@ -93,8 +94,11 @@ def _same_packed(model: PreTrainedModel, mask: Tensor, *, right: list[list[int]]
         input_ids = torch.tensor([[i % vocab_size for i in ids]], device=model.device)
         return decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[0].float()
 
+    alone = functools.cache(lambda ids: hidden(list(ids)))  # some sequences stand on both sides
+
     def ends(sequences: list[list[int]]) -> Tensor:
-        return torch.cat([hidden(own)[span.start - span.end :] for own, span in zip(sequences, spans, strict=True)])
+        pairs = zip(sequences, spans, strict=True)
+        return torch.cat([alone(tuple(own))[span.start - span.end :] for own, span in pairs])
 
     ids = [i for own, span in zip(right, spans, strict=True) for i in own[span.num_before :]]
     positions = [i for span in spans for i in range(span.num_before, span.length)]

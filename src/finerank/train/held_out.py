@@ -55,15 +55,7 @@ def begin_measuring(loss_function: LossFunction) -> None:
 
 def batch_loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy summed over the trained tokens of one micro-batch; fp32 scalar."""
-    return loss_sum(
-        model,
-        batch.input_ids,
-        batch.target_ids,
-        batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        attention_mask=batch.attention_mask,
-        parents=batch.parents,
-    )
+    return loss_sum(model, **batch.inputs)
 
 
 def evaluate_loss(

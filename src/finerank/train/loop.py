@@ -52,7 +52,7 @@ from finerank.train.progress import RunProgress, Stopwatch
 from finerank.train.saver import Saver
 from finerank.train.schedule import Schedule
 from finerank.train.settings import TrainSettings
-from finerank.train.state import TrainState, load_parameters, seed_everything
+from finerank.train.state import TrainState, load_parameters, parameters_of, seed_everything
 from finerank.train.stop import Signals, StopSignal
 
 
@@ -148,10 +148,7 @@ class TrainLoop:
                 f"The best weights were in {best_folder}, but {problem}; add --resume auto --final-adapter last to "
                 "leave with the last ones."
             )
-        tensors = read_checkpoint(best_folder).tensors
-        prefix = "parameter/"
-        best = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        load_parameters(self.named_parameters, best)
+        load_parameters(self.named_parameters, parameters_of(read_checkpoint(best_folder).tensors))
         self.after_write()
 
     # --- the loop ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ micro-batches and the trained parameters of that moment, as safetensors with JSO
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from finerank.data.types import Batch
 from finerank.errors import CheckpointError
 from finerank.files import replace_file
 from finerank.train.held_out import LossFunction
-from finerank.train.state import seed_everything
+from finerank.train.state import parameters_of, seed_everything
 
-_BATCH_TENSORS = ("input_ids", "target_ids", "position_ids", "cu_seqlens", "parents", "attention_mask", "reference")
+_BATCH_TENSORS = tuple(f.name for f in fields(Batch) if f.name != "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +172,4 @@ def read_replay(path: Path) -> Replay:
         raise CheckpointError(
             f"{path} is not a replay file of finerank ({error}); give one that tune wrote."
         ) from error
-    prefix = "parameter/"
-    parameters = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    return Replay(step=step, batches=batches, seeds=seeds, parameters=parameters)
+    return Replay(step=step, batches=batches, seeds=seeds, parameters=parameters_of(tensors))

@@ -82,15 +82,7 @@ class PairLoss(MeasuredLoss):
 
 def pairs_of(model: Any, batch: Batch) -> Pairs:
     """Log-probabilities of the answers of a batch of pairs, differentiable."""
-    sums_S, counts_S = sequence_log_probs(
-        model,
-        batch.input_ids,
-        batch.target_ids,
-        batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        attention_mask=batch.attention_mask,
-        parents=batch.parents,
-    )
+    sums_S, counts_S = sequence_log_probs(model, **batch.inputs)
     if batch.parents is not None:  # shared prompts are segments, too, with nothing trained
         own_S = batch.is_sequence.to(sums_S.device)
         sums_S, counts_S = sums_S[own_S], counts_S[own_S]

@@ -31,6 +31,7 @@ from finerank.train.held_out import LossFunction, batch_loss_sum
 from finerank.train.origin import reference_of_run
 from finerank.train.pair_loss import PairLoss
 from finerank.train.reference import with_reference
+from finerank.train.state import parameters_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,9 +120,7 @@ def begin(trained: AdapterSet, settings: Any, plan: "BatchPlan", checkpoint: Che
     if is_fresh:
         start_adapters(trained, settings, seed=settings.seed, passes=passes)
     elif checkpoint is not None and settings.lora_load is None:
-        prefix = "parameter/"
-        saved = {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
-        shape_adapters(trained, settings, saved)
+        shape_adapters(trained, settings, parameters_of(checkpoint.tensors))
     return start_local_learning(trained, settings, lr=settings.lr, seed=plan.seed, passes=passes if is_fresh else None)
 
 

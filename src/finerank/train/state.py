@@ -83,6 +83,12 @@ def _is_valid(value: Any, declared: Any) -> bool:
     return type(value) is expected and value >= 0
 
 
+def parameters_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained parameters among a checkpoint's (or a replay file's) tensors, by their own names."""
+    prefix = "parameter/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def load_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy saved values into trained parameters, by name. Raises CheckpointError when names or shapes differ."""
     if set(tensors) != set(parameters):
