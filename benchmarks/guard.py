@@ -28,7 +28,7 @@ from tune_step import cpu_name  # noqa: E402
 from finerank.models.runtime import set_threads, tune_runtime  # noqa: E402
 
 if TYPE_CHECKING:
-    from finerank.data.types import Batch
+    from finerank.data.batch import Batch
 
 STORED = HERE / "results" / "guard.json"
 MOST_LOST = 0.10

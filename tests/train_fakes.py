@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.train.loop import TrainLoop
 from finerank.train.settings import TrainSettings
 

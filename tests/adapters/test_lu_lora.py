@@ -21,7 +21,7 @@ from finerank.adapters.local_rules import feedback, mindspeed, oja
 from finerank.adapters.lora import LoRALinear
 from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.errors import AdapterError, ConfigError
 from finerank.models.forward import verified_head
 from finerank.train.fit import peak_bytes

@@ -41,9 +41,9 @@ from finerank.checkpoints import megatron, native
 from finerank.checkpoints.checksums import fingerprints
 from finerank.checkpoints.formats import hf, mcore
 from finerank.checkpoints.safetensors_file import SafetensorsReader
+from finerank.data.batch import Batch
 from finerank.data.indexed import IndexedFile, IndexedWriter
 from finerank.data.readers import read_rows
-from finerank.data.types import Batch
 from finerank.errors import FinerankError
 from finerank.generate.prompts import read_prompts
 from finerank.models.gguf_file import GGUFFile, damage_named

@@ -8,7 +8,7 @@ import torch
 
 from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.models.attention import use_packed_attention
 from finerank.models.forward import verified_head
 from finerank.models.fused.fuse import fuse

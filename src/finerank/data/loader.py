@@ -18,11 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from finerank.data.batch import Batch
 from finerank.data.packing import best_fit
 from finerank.data.pairs import Samples
 from finerank.data.settings import BatchSettings, RowSettings
 from finerank.data.shared_prompts import Segment, common_prompt, share_prompts
-from finerank.data.types import IGNORE_INDEX, Batch
+from finerank.data.types import IGNORE_INDEX
 from finerank.errors import ConfigError
 
 

@@ -34,9 +34,9 @@ from transformers import PreTrainedModel
 
 from finerank.adapters.lu_lora import LocalLearning
 from finerank.adapters.settings import LocalSettings
+from finerank.data.batch import Batch
 from finerank.data.pairs import PairDataset
 from finerank.data.tokens import TokenDataset
-from finerank.data.types import Batch
 from finerank.errors import ConfigError, ModelError, StorageError
 from finerank.files import fsync_path, replace_file, replace_folder, storage_errors
 from finerank.models.forward import decoder_of

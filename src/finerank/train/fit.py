@@ -23,10 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from finerank import config
 from finerank.checkpoints.native import Checkpoint
+from finerank.data.batch import Batch
 from finerank.data.loader import Samples, heaviest_batch
 from finerank.data.pairs import PairDataset
 from finerank.data.settings import BatchSettings
-from finerank.data.types import Batch
 from finerank.errors import ConfigError
 from finerank.train.held_out import LossFunction, batch_loss_sum
 from finerank.train.memory import OutOfMemoryError, available_memory_bytes, explain, is_out_of_memory, mib

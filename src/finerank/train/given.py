@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 
 
 class Plan(Protocol):

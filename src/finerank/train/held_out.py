@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.errors import DataError
 from finerank.models.forward import loss_sum
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from finerank.checkpoints.native import Checkpoint, damage, drop_newer, read_checkpoint
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.errors import CheckpointError, DataError, NumericsError, StorageError
 from finerank.train.given import LocalUpdate, Plan, Trainable
 from finerank.train.held_out import (

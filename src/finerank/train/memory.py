@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.errors import FinerankError
 
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.errors import CheckpointError
 from finerank.files import replace_file
 from finerank.train.held_out import LossFunction

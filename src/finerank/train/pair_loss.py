@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finerank.data.types import Batch
+from finerank.data.batch import Batch
 from finerank.errors import ConfigError
 from finerank.models.log_probs import sequence_log_probs
 from finerank.train.held_out import MeasuredLoss

@@ -20,10 +20,11 @@ from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints.native import Checkpoint
 from finerank.checkpoints.place import lacks_alpha, place_adapter
+from finerank.data.batch import Batch
 from finerank.data.dataset import Splits
 from finerank.data.loader import eval_batches
 from finerank.data.pairs import PairDataset
-from finerank.data.types import IGNORE_INDEX, Batch
+from finerank.data.types import IGNORE_INDEX
 from finerank.errors import ConfigError
 from finerank.models.forward import verified_head
 from finerank.models.load import LoadedModel
