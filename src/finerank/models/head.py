@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 LOGITS_PER_CHUNK = 1 << 24
-"""Most logits held at once (fp32: 64 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
+"""Most logits held at once (bf16: 32 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
 LOGITS_PER_CHUNK_GPU = 1 << 27
 """The same on a GPU, which needs wide products to be busy (fp32: 512 MiB)."""
 MIN_CHUNK = 16
+LOGITS_IN_CACHE = 1 << 20
+"""Logits of a chunk that a CPU turns into their gradient at once (fp32: 4 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ class _CrossEntropySum(torch.autograd.Function):
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for chunk in chunks(hidden_ND, head):
             logits_CV = head.module(hidden_ND[chunk])
-            loss_C, grad_CV = loss_and_gradient(head, logits_CV, target_N[chunk], needs_grad=gradient_ND is not None)
-            total += loss_C.sum()
-            if gradient_ND is not None and grad_CV is not None:
-                gradient_ND[chunk] = grad_CV @ head.weight_VD
+            needs_grad = gradient_ND is not None
+            total += loss_into_gradient_(head, logits_CV, target_N[chunk], needs_grad=needs_grad).sum()
+            if gradient_ND is not None:
+                gradient_ND[chunk] = logits_CV @ head.weight_VD
         ctx.save_for_backward(gradient_ND)
         return total
 
@@ -118,8 +120,8 @@ class _LearningCrossEntropySum(torch.autograd.Function):
             hidden_CD = hidden_ND[chunk].detach().requires_grad_(gradient_ND is not None)
             with torch.set_grad_enabled(needs_grad):
                 logits_CV = head.module(hidden_CD)
-            loss_C, grad_CV = loss_and_gradient(head, logits_CV.detach(), target_N[chunk], needs_grad=needs_grad)
-            total += loss_C.sum()
+            grad_CV = logits_CV.detach().clone()  # the module may want its output again
+            total += loss_into_gradient_(head, grad_CV, target_N[chunk], needs_grad=needs_grad).sum()
             if not needs_grad:
                 continue
             sums = [*gradients] if gradient_ND is None else [*gradients, gradient_ND[chunk]]
@@ -137,10 +139,26 @@ class _LearningCrossEntropySum(torch.autograd.Function):
         return gradient_ND, None, None, *gradients
 
 
-def loss_and_gradient(
+def loss_into_gradient_(head: Head, raw_CV: Tensor, target_C: Tensor, *, needs_grad: bool) -> Tensor:
+    """Loss of each position, [C] in the dtype of `wide`.
+
+    With `needs_grad`, `raw_CV`, which is what the head's module gave, turns into the gradient of their sum towards it.
+    A CPU takes a few rows at a time, so that their probabilities never leave its cache.
+    """
+    loss_C = torch.empty(len(target_C), dtype=wide(raw_CV), device=raw_CV.device)
+    num_rows = len(target_C) if raw_CV.is_cuda else max(1, LOGITS_IN_CACHE // raw_CV.shape[1])
+    for start in range(0, len(target_C), num_rows):
+        rows = slice(start, start + num_rows)
+        loss_C[rows], gradient = _loss_and_gradient(head, raw_CV[rows], target_C[rows], needs_grad=needs_grad)
+        if gradient is not None:
+            raw_CV[rows] = gradient
+    return loss_C
+
+
+def _loss_and_gradient(
     head: Head, raw_CV: Tensor, target_C: Tensor, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of each position [C], and their sum's gradient [C, V] towards what the head's module gave, in its dtype."""
+    """Loss of each position [C], and their sum's gradient [C, V] towards what the head's module gave, in fp32."""
     wide_dtype = wide(raw_CV)
     logits_CV = head.finish(raw_CV)
     top_C = logits_CV.amax(dim=1)
@@ -157,4 +175,4 @@ def loss_and_gradient(
         grad_CV *= 1.0 - (logits_CV.to(wide_dtype) / head.softcap).square_()
     if head.scale != 1.0:
         grad_CV *= head.scale
-    return loss_C, grad_CV.to(raw_CV.dtype)
+    return loss_C, grad_CV

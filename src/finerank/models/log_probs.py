@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from finerank.models.forward import IGNORE_INDEX, decoder_of, model_inputs, verified_head
-from finerank.models.head import Head, chunks, loss_and_gradient, wide
+from finerank.models.head import Head, chunks, loss_into_gradient_, wide
 
 
 def token_log_probs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ class _TokenLogProbs(torch.autograd.Function):
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for chunk in chunks(hidden_ND, head):
             logits_CV = head.module(hidden_ND[chunk])
-            loss_C, grad_CV = loss_and_gradient(head, logits_CV, target_N[chunk], needs_grad=gradient_ND is not None)
-            log_probs_N[chunk] = -loss_C
-            if gradient_ND is not None and grad_CV is not None:
-                gradient_ND[chunk] = grad_CV @ head.weight_VD
+            needs_grad = gradient_ND is not None
+            log_probs_N[chunk] = -loss_into_gradient_(head, logits_CV, target_N[chunk], needs_grad=needs_grad)
+            if gradient_ND is not None:
+                gradient_ND[chunk] = logits_CV @ head.weight_VD
         ctx.save_for_backward(gradient_ND)
         return log_probs_N
 
