@@ -81,3 +81,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
         known = difflib.get_close_matches(name, known, n=8, cutoff=0.0)
         return f"Unknown {kind} '{name}'.{hint} Nearest: {', '.join(known)}."
     return f"Unknown {kind} '{name}'.{hint} Known: {', '.join(known)}."
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line without its full stop; the class's name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].rstrip(".")

@@ -10,9 +10,10 @@ from finerank.adapters.files import load_adapter, save_adapter
 from finerank.adapters.inject import inject_adapters
 from finerank.adapters.settings import AdapterSettings
 from finerank.errors import AdapterError, ConfigError
-from finerank.models.load import load_model, load_tokenizer
+from finerank.models.load import load_model
 from finerank.models.settings import ModelSettings
-from finerank.models.vocabulary import add_tokens, grow_vocabulary
+from finerank.models.tokenizer import add_tokens, load_tokenizer
+from finerank.models.vocabulary import grow_vocabulary
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 pytest.importorskip("peft")

@@ -16,8 +16,8 @@ from finerank.data.templates import load_template
 from finerank.generate.engine import Generator
 from finerank.generate.load import load_generator
 from finerank.generate.settings import GeneratorSettings, SamplingSettings
-from finerank.models.load import load_tokenizer
 from finerank.models.settings import ModelSettings
+from finerank.models.tokenizer import load_tokenizer
 from finerank.recipes.generate import Settings
 from tiny import save_tiny, tiny_model
 

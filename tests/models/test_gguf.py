@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from finerank.errors import ModelError
 from finerank.models.gguf_file import GGUFFile, _llama3_rope, convert_gguf, unpermute
 from finerank.models.gguf_tokenizer import PRE_TOKENIZERS
-from finerank.models.load import load_model, load_tokenizer
+from finerank.models.load import load_model
 from finerank.models.settings import ModelSettings
+from finerank.models.tokenizer import load_tokenizer
 from tiny import tiny_model, tiny_tokenizer
 
 ARCHES = {"llama": "llama", "llama_tied": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

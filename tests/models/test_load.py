@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from finerank.errors import ConfigError, ModelError
-from finerank.models.load import load_model, load_tokenizer, model_digest
+from finerank.models.load import load_model, model_digest
 from finerank.models.settings import ModelSettings
+from finerank.models.tokenizer import load_tokenizer
 from tiny import FAMILIES, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 

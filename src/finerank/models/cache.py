@@ -1,6 +1,7 @@
 """Model folders that are made once and kept: whole or absent, also when two processes start at once."""
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,31 @@ from finerank.errors import StorageError
 from finerank.files import cache_folder, remove_leftovers, replace_folder, storage_errors
 
 logger = logging.getLogger(__name__)
+
+CONVERTER = 1
+"""Raised when conversion of GGUF files changes what it writes, so that folders of an older one are made again."""
+
+
+def gguf_folder(path: Path) -> Path:
+    """The Hugging Face folder of a GGUF file, converted first if needed. Raises ModelError, StorageError."""
+    path = path.resolve()
+    status = path.stat()
+    source: dict[str, str | int] = {
+        "file": str(path),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "converter": CONVERTER,
+    }
+
+    def make(folder: Path) -> None:
+        from finerank.models.gguf_file import (
+            convert_gguf,  # imports PyTorch, which a folder that is there has no use for
+        )
+
+        convert_gguf(path, folder)
+
+    key = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    return made_once(f"{path.stem}-{key}", source, make)
 
 
 def made_once(name: str, source: Mapping[str, str | int], make: Callable[[Path], None]) -> Path:

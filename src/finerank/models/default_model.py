@@ -20,8 +20,7 @@ from pathlib import Path
 
 from finerank.errors import ModelError
 from finerank.files import sha256_file
-from finerank.models.cache import made_once
-from finerank.models.gguf_file import CONVERTER, convert_gguf
+from finerank.models.cache import CONVERTER, made_once
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +69,8 @@ def alias_folder(alias: str) -> Path:
 
 
 def _make(folder: Path, model: PackagedModel) -> None:
+    from finerank.models.gguf_file import convert_gguf  # imports PyTorch, which a folder that is there has no use for
+
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         gguf, license_text = _installed(model) or _download(model, Path(temporary))
         if (found := sha256_file(gguf)) != model.sha256:

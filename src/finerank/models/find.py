@@ -4,6 +4,7 @@
     ./model, /data/model             a Hugging Face folder
     model.Q8_0.gguf                  a GGUF file, converted once into the cache folder
     Qwen/Qwen3-0.6B                  a hub id; HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured
+    runs/whole                       a run of `--method full`, whose model lies in its folder `model`
 
 A name that is an alias means the alias; write ./name for a folder of that name.
 """
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finerank.errors import ModelError
+from finerank.errors import ConfigError, ModelError, first_line
 from finerank.models.settings import SourceSettings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Any one of these makes a folder hold a tokenizer."""
+
+WHOLE_MODEL = "model"
+"""Folder within a run that `--method full` writes."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -49,21 +53,44 @@ def find_model(settings: SourceSettings, *, weights: bool = True) -> FoundModel:
     return found
 
 
+def find_tokenizer(settings: SourceSettings) -> FoundModel:
+    """The tokenizer's folder, under the name it was given: `--tokenizer-name-or-path`, else the model's.
+
+    Raises ConfigError, ModelError.
+    """
+    if (named := settings.tokenizer_name_or_path) is not None:
+        own = SourceSettings(trust_remote_code=settings.trust_remote_code)  # a revision is the model's
+        return FoundModel(_locate(named, own, weights=False).folder, named)
+    if settings.load is not None:
+        return FoundModel(find_model(settings, weights=False).folder, settings.load)
+    return FoundModel(config_folder(settings), str(settings.model_config))
+
+
+def config_folder(settings: SourceSettings) -> Path:
+    """The folder of `--model-config`. Raises ConfigError when there is none."""
+    if settings.model_config is None:
+        raise ConfigError("No model is named: give --load smollm2-135m (or a folder, hub id or .gguf file).")
+    path = Path(settings.model_config).expanduser()
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir() or (path.is_file() and path.name != "config.json"):
+        raise ConfigError(f"--model-config {path} is no config.json and no folder that holds one.")
+    return folder
+
+
 def _locate(name: str, settings: SourceSettings, *, weights: bool) -> FoundModel:
-    from finerank.models import default_model
+    from finerank.models import cache, default_model
 
     path = Path(name).expanduser()
     if name in default_model.ALIASES:
         folder = default_model.alias_folder(name)
         return FoundModel(folder, str(folder))
     if path.is_dir():
-        return FoundModel(path, str(path.resolve()))
+        folder = whole_model_of(path) or path
+        return FoundModel(folder, str(folder.resolve()))
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name} is a file, not a model: give a Hugging Face folder, a .gguf file or a hub id.")
-        from finerank.models.gguf_file import gguf_folder
-
-        folder = gguf_folder(path)
+        folder = cache.gguf_folder(path)
         return FoundModel(folder, str(folder))
     if path.name in default_model.ALIASES and path.parent.name == "models":
         # the folder of an alias on the machine where an adapter was trained; here it may lie elsewhere
@@ -121,11 +148,14 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"{name} is no folder, and the hub cannot be reached; check the network and HF_ENDPOINT, or {fix}."
         ) from error
     except Exception as error:  # the hub library's HTTP client, which it has changed before, has errors of its own
-        raise ModelError(f"Cannot fetch {name} from the hub: {_first_line(error)}; {fix}.") from error
+        raise ModelError(f"Cannot fetch {name} from the hub: {first_line(error)}; {fix}.") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def whole_model_of(run: Path) -> Path | None:
+    """The model folder in a run folder of `--method full`; None for any other folder."""
+    inner = run / WHOLE_MODEL
+    is_run = (inner / "config.json").is_file() and not (run / "config.json").is_file()
+    return inner if is_run and not (run / "adapter_config.json").is_file() else None
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -144,7 +174,7 @@ def read_config_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not readable JSON ({_first_line(error)}); restore the file.") from error
+        raise ModelError(f"{path} is not readable JSON ({first_line(error)}); restore the file.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{path} names no model_type, so it is no Hugging Face model config; restore the file.")
     quantization = config.get("quantization_config")
@@ -158,6 +188,8 @@ def _what_is_it(folder: Path) -> str:
         return "is an adapter, not a base model: give --load BASE --lora-load ADAPTER."
     if (folder / "latest_checkpointed_iteration.txt").is_file() or any(folder.glob("**/model_optim_rng.pt")):
         return "is a Megatron checkpoint: convert it to a Hugging Face folder with finerank convert."
+    if (folder / "manifest.json").is_file() and (folder / "state.safetensors").is_file():
+        return "holds the state of a run of --method full, not a model: give the run's folder once it is finished."
     if any(folder.glob("consolidated.*.pth")):
         return "is a Meta checkpoint: convert it to a Hugging Face folder with finerank convert."
     if files := sorted(folder.glob("*.gguf")):
@@ -178,7 +210,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             if strange := [file for file in files if Path(file).name != file or "\0" in file]:
                 raise ValueError(f"it names {strange[0]!r}, which is no file of this folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{index} is damaged ({_first_line(error)}); restore the file.") from error
+            raise ModelError(f"{index} is damaged ({first_line(error)}); restore the file.") from error
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise ModelError(
@@ -200,7 +232,7 @@ def read_safetensors_header(path: Path) -> bytes:
         tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
         end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ModelError(f"{path} is no safetensors file or is torn ({_first_line(error)}); copy it again.") from error
+        raise ModelError(f"{path} is no safetensors file or is torn ({first_line(error)}); copy it again.") from error
     if end != size:
         raise ModelError(f"{path} is torn: {size} bytes, but its header promises {end}; copy it again.")
     return header

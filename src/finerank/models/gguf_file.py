@@ -17,7 +17,6 @@ ggml's docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -32,16 +31,12 @@ from gguf.constants import MODEL_ARCH_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
 
 from finerank.errors import FinerankError, ModelError
-from finerank.models.cache import made_once
 from finerank.models.gguf_tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 """GGUF architecture -> transformers' config class."""
-
-CONVERTER = 1
-"""Raised when conversion changes what it writes, so that folders of an older one are made again."""
 
 SHARD_BYTES = 2 << 30
 """Largest safetensors file: what conversion holds in memory at once."""
@@ -151,20 +146,6 @@ def convert_gguf(path: Path, folder: Path) -> None:
         generation["pad_token_id"] = config.pad_token_id
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     _write_weights(file, config, folder)
-
-
-def gguf_folder(path: Path) -> Path:
-    """The Hugging Face folder of a GGUF file, converted first if needed. Raises ModelError, StorageError."""
-    path = path.resolve()
-    status = path.stat()
-    source: dict[str, str | int] = {
-        "file": str(path),
-        "bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "converter": CONVERTER,
-    }
-    key = hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    return made_once(f"{path.stem}-{key}", source, lambda folder: convert_gguf(path, folder))
 
 
 def read_config(file: GGUFFile) -> Any:

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from finerank.errors import ConfigError, FinerankError, ModelError
+from finerank.errors import ConfigError, FinerankError, ModelError, first_line
 from finerank.models.device import pick_device, pick_dtype
 from finerank.models.find import (
-    TOKENIZER_FILES,
-    fetch_from_hub,
+    config_folder,
     find_model,
     read_config_json,
     read_safetensors_header,
@@ -34,9 +33,10 @@ from finerank.models.find import (
 )
 from finerank.models.quantized import quantization_config
 from finerank.models.settings import ModelSettings, SourceSettings
-from finerank.models.vocabulary import add_tokens, grow_vocabulary
+from finerank.models.tokenizer import add_tokens, load_tokenizer, read_tokenizer
+from finerank.models.vocabulary import grow_vocabulary
 
-__all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer", "pick_device", "pick_dtype"]
+__all__ = ["LoadedModel", "ModelSource", "load_model", "pick_device", "pick_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def load_model(
         model = _read_weights(found.folder, settings.load, config, dtype, settings)
         source = ModelSource(found.name, found.folder, model_digest(found.folder))
         elsewhere = settings.tokenizer_name_or_path is not None
-        tokenizer = load_tokenizer(settings) if elsewhere else _read_tokenizer(found.folder, settings.load, settings)
+        tokenizer = load_tokenizer(settings) if elsewhere else read_tokenizer(found.folder, settings.load, settings)
     if may_grow and len(tokenizer) > (rows := _num_rows(model)):
         grow_vocabulary(model, len(tokenizer), num_known=rows)
     _check_vocabulary(model, tokenizer)
@@ -105,58 +105,6 @@ def load_model(
         ids = add_tokens(tokenizer, new_tokens)
         grow_vocabulary(model, max([len(tokenizer), *(i + 1 for i in ids)]), num_known=num_known)
     return LoadedModel(model.eval().to(device), tokenizer, source, tuple(ids))
-
-
-def load_tokenizer(settings: SourceSettings, *, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The tokenizer of `--tokenizer-name-or-path`, else the one beside the model, with new tokens put into it.
-
-    A missing pad token becomes eos. Raises ModelError when there is none.
-    """
-    tokenizer = _load_tokenizer(settings)
-    if new_tokens:
-        add_tokens(tokenizer, new_tokens)
-    return tokenizer
-
-
-def _load_tokenizer(settings: SourceSettings) -> PreTrainedTokenizerBase:
-    named = settings.tokenizer_name_or_path
-    if named is not None:
-        path = Path(named).expanduser()
-        folder = path if path.is_dir() else fetch_from_hub(named, None, weights=False, code=settings.trust_remote_code)
-        name = named
-    elif settings.load is not None:
-        folder, name = find_model(settings, weights=False).folder, settings.load
-    else:
-        folder, name = _config_folder(settings), str(settings.model_config)
-    return _read_tokenizer(folder, name, settings)
-
-
-def _read_tokenizer(folder: Path, name: str, settings: SourceSettings) -> PreTrainedTokenizerBase:
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ModelError(f"There is no tokenizer with {name}; name one with --tokenizer-name-or-path FOLDER.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:
-        raise ModelError(f"Cannot load the tokenizer of {name}: {_sentence(error)}; restore its files.") from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _sentence(error: Exception) -> str:
-    """What a library said, in a line. For damaged files they raise anything, tokenizers even plain Exception."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].rstrip(".")
-
-
-def _config_folder(settings: SourceSettings) -> Path:
-    if settings.model_config is None:
-        raise ConfigError("No model is named: give --load smollm2-135m (or a folder, hub id or .gguf file).")
-    path = Path(settings.model_config).expanduser()
-    folder = path.parent if path.is_file() else path
-    if not folder.is_dir() or (path.is_file() and path.name != "config.json"):
-        raise ConfigError(f"--model-config {path} is no config.json and no folder that holds one.")
-    return folder
 
 
 def _read_config(folder: Path, name: str, settings: SourceSettings) -> Any:
@@ -170,7 +118,7 @@ def _read_config(folder: Path, name: str, settings: SourceSettings) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be used: {_sentence(error)}; correct it.") from error
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {first_line(error)}; correct it.") from error
     remote = settings.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise ModelError(f"{name} is of type '{kind}', which is no causal language model; give one that writes text.")
@@ -195,7 +143,7 @@ def _read_weights(folder: Path, name: str, config: Any, dtype: torch.dtype, sett
             raise
         if quantization is not None and quantization.refused:
             raise ModelError(f"{name}, {quantization.refused[0]}") from error
-        raise ModelError(f"Cannot load the weights of {name}: {_sentence(error)}; restore the folder.") from error
+        raise ModelError(f"Cannot load the weights of {name}: {first_line(error)}; restore the folder.") from error
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         tensor, stored, wanted = mismatched[0]
@@ -230,7 +178,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _initialise(settings: ModelSettings, dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, ModelSource]:
-    folder = _config_folder(settings)
+    folder = config_folder(settings)
     name = str(settings.model_config)
     config = _read_config(folder, name, settings)
     logger.warning("RANDOM WEIGHTS: no --load is given, so the model of %s starts from noise (seed %d)", name, seed)

@@ -39,7 +39,7 @@ class Settings(SourceSettings, VocabularySettings, RowSettings):
 def run(settings: Settings) -> int:
     """Inspect one row; see the module's docstring. Returns the exit status."""
     from finerank.data import prefixes
-    from finerank.models.load import load_tokenizer
+    from finerank.models.tokenizer import load_tokenizer
 
     assert settings.data is not None
     tokenizer = load_tokenizer(settings, new_tokens=settings.add_tokens)

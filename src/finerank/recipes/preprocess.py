@@ -68,7 +68,7 @@ def run(settings: Settings) -> int:
     from finerank.data.readers import input_files
     from finerank.data.samples import SampleMaker, SampleRules
     from finerank.data.templates import load_template
-    from finerank.models.load import load_tokenizer
+    from finerank.models.tokenizer import load_tokenizer
 
     files = input_files(settings.input)
     map_keys = dict(settings.map_keys or {})

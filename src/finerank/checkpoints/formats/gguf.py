@@ -28,8 +28,9 @@ from finerank.checkpoints.lora import Adapter, Factors
 from finerank.checkpoints.regroup import lora_config
 from finerank.checkpoints.weights import HEAD, BaseModel, TensorInfo
 from finerank.errors import AdapterError, CheckpointError, ConfigError
+from finerank.models.cache import gguf_folder
 from finerank.models.families import Dims, dims_of, family_of
-from finerank.models.gguf_file import ARCHITECTURES, BoundedReader, gguf_folder
+from finerank.models.gguf_file import ARCHITECTURES, BoundedReader
 
 HOLDS = ("base", "adapter")
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
