@@ -18,9 +18,9 @@ from typing import Any
 PARTS = {
     "saving": ("finerank.checkpoints.native", "save_checkpoint"),
     "evaluating": ("finerank.train.loop", "evaluate_loss"),
-    "finishing": ("finerank.recipes.tune", "_leave"),
-    "preprocessing": ("finerank.data.dataset", "load_splits"),
-    "loading": ("finerank.recipes.tune", "_load"),
+    "finishing": ("finerank.recipes._leave", "leave"),
+    "preprocessing": ("finerank.recipes._prepare", "load_splits"),
+    "loading": ("finerank.recipes._prepare", "load_base"),
     "training": ("finerank.train.loop:TrainLoop", "_train_step"),
 }
 """By name, the first that is under way names the moment: a save in the background runs beside training."""

@@ -62,11 +62,13 @@ def test_cpu_extrapolation_agrees_with_the_measured_peak(monkeypatch: pytest.Mon
         use_packed_attention(model)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    trained = list(model.parameters())
     heavy = {n: fit.heaviest_batch(data, settings, n) for n in (1, 5, 6)}
     peaks = {
-        n: fit.peak_bytes(lambda b=b: fit._forward_backward(model, b, fit.batch_loss_sum)) for n, b in heavy.items()
+        n: fit.peak_bytes(lambda b=b: fit._forward_backward(model, b, fit.batch_loss_sum, trained))
+        for n, b in heavy.items()
     }
-    room = peaks[5] + (peaks[6] - peaks[5]) / 2 + fit._moments_bytes(model)
+    room = peaks[5] + (peaks[6] - peaks[5]) / 2 + fit._moments_bytes(trained)
     monkeypatch.setattr(fit, "available_memory_bytes", lambda: room / fit.USABLE_SHARE)
     found, sentence = fit.find_split(model, data, settings, pad_token_id=0)
     assert found == (
@@ -79,7 +81,7 @@ def test_cpu_extrapolation_agrees_with_the_measured_peak(monkeypatch: pytest.Mon
 def test_one_row_too_many_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama").requires_grad_(True)
     monkeypatch.setattr(fit, "available_memory_bytes", lambda: 1000)
-    with pytest.raises(memory.OutOfMemoryError, match=r"base model takes .*--seq-length 20.*longest row takes"):
+    with pytest.raises(memory.OutOfMemoryError, match=r"the model with gradients and optimizer state takes .*--seq-length 20.*longest row takes"):
         fit.find_split(model, dataset([40] * 4), BatchSettings(pack=False, micro_batch_size="auto"), pad_token_id=0)
 
 
@@ -94,7 +96,7 @@ def test_out_of_memory_on_a_gpu_is_caught_and_ends_the_search(monkeypatch: pytes
         if n == 99:
             raise RuntimeError
 
-    assert fit._try_on_gpu(torch.nn.Linear(1, 1), run, 16, torch.device("cpu")) == 6
+    assert fit._try_on_gpu(list(torch.nn.Linear(1, 1).parameters()), run, 16, torch.device("cpu")) == 6
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ from finerank.adapters.single_experts import join_single_experts
 from finerank.adapters.targets import GROUPS, Target, linear_names
 from finerank.errors import AdapterError
 from finerank.files import replace_file
-from finerank.models.find import TOKENIZER_FILES
+from finerank.models.find import TOKENIZER_FILES, whole_model_of
 
 SHARED = "finerank_shared_lora_A"
 
@@ -85,8 +85,18 @@ def _safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
 
+def check_holds_adapter(folder: Path) -> None:
+    """Raise AdapterError for a run of `--method full`, which trained no adapter."""
+    if (model := whole_model_of(folder)) is not None:
+        raise AdapterError(
+            f"{folder} was trained with --method full and holds a whole model, no adapter: there is nothing to merge, "
+            f"put on a base or export as one; use it as a model (it is in {model})."
+        )
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The content of adapter_config.json. Raises AdapterError when there is none, or it is no LoRA's."""
+    check_holds_adapter(Path(folder))
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} holds no {CONFIG}; give the folder of a PEFT adapter or of a run.")

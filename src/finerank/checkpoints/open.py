@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from finerank import registry
+from finerank.adapters.files import check_holds_adapter
 from finerank.checkpoints.checksums import check_checksums
 from finerank.checkpoints.formats import hf, peft
 from finerank.checkpoints.lora import Adapter
@@ -36,9 +37,10 @@ def open_base(name: str, **options: Any) -> BaseModel:
 
     `options` go to the reader of a Megatron or Meta folder.
     """
-    from finerank.models.find import find_model
+    from finerank.models.find import find_model, whole_model_of
 
     folder = Path(name).expanduser()
+    folder = whole_model_of(folder) or folder
     check_checksums(folder)
     if folder.is_dir() and (found := format_of(folder, "base")) not in (None, hf):
         assert found is not None
@@ -48,6 +50,7 @@ def open_base(name: str, **options: Any) -> BaseModel:
 
 def named_base(folder: Path) -> str:
     """The base model that a PEFT or run folder names. Raises CheckpointError when it names none."""
+    check_holds_adapter(Path(folder).expanduser())
     path = Path(folder).expanduser() / peft.CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {peft.CONFIG} that names its base model; give the base with --load.")
@@ -74,6 +77,7 @@ def open_adapter(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give the folder of an adapter or of a run.")
+    check_holds_adapter(folder)
     check_checksums(folder)
     found = format_of(folder, "adapter")
     if found is None:

@@ -114,7 +114,8 @@ class _LearningCrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=wide(hidden_ND), device=hidden_ND.device)
         gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        gradients = [torch.zeros_like(p) for p in learned]
+        # in fp32: a bf16 sum would lose what a chunk adds to many before it
+        gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in learned]
         needs_grad = gradient_ND is not None or bool(learned)
         for chunk in chunks(hidden_ND, head):
             hidden_CD = hidden_ND[chunk].detach().requires_grad_(gradient_ND is not None)
@@ -131,11 +132,14 @@ class _LearningCrossEntropySum(torch.autograd.Function):
                 if part is not None:
                     total_grad.add_(part)
         ctx.save_for_backward(gradient_ND, *gradients)
+        ctx.dtypes = [p.dtype for p in learned]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        gradient_ND, *gradients = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        gradient_ND, *sums = ctx.saved_tensors
+        gradients = [(total * grad).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
+        gradient_ND = None if gradient_ND is None else gradient_ND * grad.to(gradient_ND.dtype)
         return gradient_ND, None, None, *gradients
 
 

@@ -41,6 +41,7 @@ _RESULTS = {
     "rows_per_second": "rows per second",
     "trained_parameters": "trained parameters",
     "adapter_sha256": "SHA-256 of the adapter",
+    "model_sha256": "SHA-256 of the model",
 }
 
 

@@ -12,13 +12,13 @@ The value found decides rounding, so it is written into the run's settings, and 
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from finerank import config
@@ -45,6 +45,7 @@ def choose_split(
     dataset: Samples,
     checkpoint: Checkpoint | None,
     *,
+    parameters: Sequence[Tensor],
     folder: Path,
     pad_token_id: int,
     loss_function: LossFunction,
@@ -56,7 +57,8 @@ def choose_split(
     """
     found = stored_split(checkpoint, folder, settings) if settings.resume else None
     if found is None:
-        found, sentence = find_split(model, dataset, settings, pad_token_id=pad_token_id, loss_function=loss_function)
+        how: dict[str, Any] = {"pad_token_id": pad_token_id, "loss_function": loss_function}
+        found, sentence = find_split(model, dataset, settings, parameters=parameters, **how)
         say(sentence)
     return found
 
@@ -87,28 +89,32 @@ def find_split(
     dataset: Samples,
     settings: BatchSettings,
     *,
+    parameters: Sequence[Tensor] | None = None,
     pad_token_id: int,
     loss_function: LossFunction = batch_loss_sum,
 ) -> tuple[dict[str, Any], str]:
     """The settings of the largest micro-batch that fits, and the sentence that says which and why.
 
+    `parameters` are what the optimizer will change: the model's that get gradients, unless they have fp32 masters.
+
     Raises OutOfMemoryError when not even one sample fits, ConfigError for a device whose memory cannot be asked.
     """
     device = next(model.parameters()).device
+    trained = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     most = min(settings.global_batch_size, len(dataset))
     if isinstance(dataset, PairDataset) and dataset.reference is None:  # known later; its values take no memory
         dataset = dataset.with_reference(np.zeros((len(dataset), 2), np.float32))
 
     def run(num_rows: int) -> Batch:
         batch = heaviest_batch(dataset, settings, num_rows, pad_token_id=pad_token_id)
-        _forward_backward(model, batch.to(device), loss_function)
+        _forward_backward(model, batch.to(device), loss_function, trained)
         return batch
 
     if device.type == "cuda":
-        num_rows = _try_on_gpu(model, run, most, device)
+        num_rows = _try_on_gpu(trained, run, most, device)
         why = "the whole global batch fits" if num_rows == most else f"{num_rows + 1} of the longest rows ran out"
     elif device.type == "cpu":
-        num_rows, why = _extrapolate(model, run, most, lambda n: _num_positions(dataset, settings, n))
+        num_rows, why = _extrapolate(trained, run, most, lambda n: _num_positions(dataset, settings, n))
     else:
         raise ConfigError(f"--micro-batch-size auto cannot ask for the memory of {device.type}; give a number.")
     if num_rows == 0:
@@ -124,25 +130,26 @@ def _num_positions(dataset: Samples, settings: BatchSettings, num_rows: int) -> 
     return heaviest_batch(dataset, settings, num_rows).input_ids.numel()
 
 
-def _forward_backward(model: nn.Module, batch: Batch, loss_function: LossFunction) -> None:
+def _forward_backward(model: nn.Module, batch: Batch, loss_function: LossFunction, trained: Sequence[Tensor]) -> None:
     """As a step does it; leaves no gradient, and the model in the mode it was in."""
     was_training = model.training
     model.train()
     try:
         loss_function(model, batch).backward()
     finally:
-        model.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
         model.train(was_training)
 
 
-def _moments_bytes(model: nn.Module) -> int:
+def _moments_bytes(trained: Sequence[Tensor]) -> int:
     """AdamW's two moments in fp32; they come with the first update."""
-    return sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(8 * p.numel() for p in trained)
 
 
-def _try_on_gpu(model: nn.Module, run: Callable[[int], Any], most: int, device: torch.device) -> int:
+def _try_on_gpu(trained: Sequence[Tensor], run: Callable[[int], Any], most: int, device: torch.device) -> int:
     total = torch.cuda.get_device_properties(device).total_memory
-    reserve = _moments_bytes(model) + int(GPU_RESERVE_SHARE * total)
+    reserve = _moments_bytes(trained) + int(GPU_RESERVE_SHARE * total)
 
     def fits(num_rows: int) -> bool:
         try:
@@ -178,10 +185,10 @@ def largest_that(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _extrapolate(
-    model: nn.Module, run: Callable[[int], Any], most: int, positions: Callable[[int], int]
+    trained: Sequence[Tensor], run: Callable[[int], Any], most: int, positions: Callable[[int], int]
 ) -> tuple[int, str]:
     free = available_memory_bytes()
-    usable = USABLE_SHARE * free - _moments_bytes(model)
+    usable = USABLE_SHARE * free - _moments_bytes(trained)
     first = peak_bytes(lambda: run(1))
     if first > usable:
         return 0, f"the longest row takes {mib(first)}, and {mib(free)} are free"

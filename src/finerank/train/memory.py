@@ -4,10 +4,11 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finerank.data.batch import Batch
 from finerank.errors import FinerankError
@@ -101,18 +102,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain(model: nn.Module, batch: Batch, *, device: torch.device) -> str:
     """One sentence: what the memory went to, and which setting needs less."""
     base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trained = state_bytes([p for p in model.parameters() if p.requires_grad])
     b, t = batch.input_ids.shape
     if device.type == "cuda":
         held = torch.cuda.max_memory_allocated(device)
         total = torch.cuda.get_device_properties(device).total_memory
-        rest = f"activations {mib(max(0, held - base - 4 * trained))} of the GPU's {mib(total)}"
+        rest = f"activations {mib(max(0, held - base - trained))} of the GPU's {mib(total)}"
     else:
         rest = f"the rest are activations, and {mib(available_memory_bytes())} are free"
+    what = f"the base model takes {mib(base)}, the adapters" if base else "the model"
     return (
-        f"Out of memory on a micro-batch of {b} x {t} tokens: the base model takes {mib(base)}, the adapters with "
-        f"gradients and optimizer state {mib(4 * trained)}, {rest}; {_smaller(batch)}."
+        f"Out of memory on a micro-batch of {b} x {t} tokens: {what} with gradients and optimizer state "
+        f"{'' if base else 'takes '}{mib(trained)}, {rest}; {_smaller(batch)}."
     )
+
+
+def state_bytes(trained: Iterable[Tensor]) -> int:
+    """What trained weights take: themselves, an fp32 master where they are narrower, gradient and AdamW's moments."""
+    return sum(p.numel() * (16 if p.element_size() >= 4 else 16 + p.element_size()) for p in trained)
 
 
 def _smaller(batch: Batch) -> str:

@@ -58,9 +58,14 @@ def find_nonfinite(
             return findings[0]
         if not torch.isfinite(loss):
             return Finding(place="the loss itself, after finite outputs of all modules", rows=batch.rows)
-        if any(g is not None and not torch.isfinite(g).all() for g in gradients):
+        if any(g is not None and not _is_finite(g) for g in gradients):
             return Finding(place="the gradient of a trained parameter", rows=batch.rows)
     return None
+
+
+def _is_finite(grad: Tensor) -> bool:
+    """An embedding's gradient may be a sparse one."""
+    return bool(torch.isfinite(grad._values() if grad.is_sparse else grad).all())
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from finerank.files import write_text
 from finerank.train.loop import TrainLoop
-from finerank.train.memory import mib, peak_memory_bytes
+from finerank.train.memory import mib, peak_memory_bytes, state_bytes
 from finerank.train.run_folder import write_json
 
 PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_int_mm"))
@@ -170,13 +170,13 @@ class StepProfiler:
     def _memory(self) -> dict[str, int]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         frozen = [t for t in (*self.model.parameters(), *self.model.buffers()) if not t.requires_grad]
-        size = sum(p.numel() * p.element_size() for p in trained)
+        count = sum(p.numel() for p in trained)
         return {
             "frozen weights": sum(
                 {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in frozen}.values()
             ),
-            "trained weights": size,
-            "gradients and AdamW's moments": 3 * size,
+            "trained weights, with fp32 masters": state_bytes(trained) - 12 * count,
+            "gradients and AdamW's moments": 12 * count,
             "kept for backward (largest micro-batch)": self._kept.most,
             "peak of the process" if self.device.type == "cpu" else "peak allocated": peak_memory_bytes(self.device),
         }

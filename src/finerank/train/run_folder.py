@@ -4,6 +4,7 @@
     receipt.json     what became of the rows      results.json    losses, speed, digests; written last
     template.json    the prompt template's digest README.md       model card
     checkpoint-<step>/                            adapter_config.json, adapter_model.safetensors, tokenizer files
+                                                  (--method full: model/, a Hugging Face folder, in place of these)
 
 `results.json` marks a finished run. A folder with a finished run, or with checkpoints of an unfinished one, is not
 written over unless asked.
@@ -20,10 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finerank import __version__, config
 from finerank.checkpoints.native import checkpoints
 from finerank.errors import ConfigError
 from finerank.files import discard_folder, fsync_path, storage_errors, write_text
+from finerank.models.find import WHOLE_MODEL
 from finerank.train.metrics import FILE_NAME
 from finerank.train.state import TrainState
 
@@ -69,11 +73,34 @@ def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def check_model_folder(folder: Path, settings: Any) -> None:
+    """Raise ConfigError unless `RUN/model` may be written over, or removed with the run that made it."""
+    model = folder / WHOLE_MODEL
+    if not model.exists() or not (settings.method == "full" or _wrote_model(folder)):
+        return
+    if not _wrote_model(folder):
+        raise ConfigError(f"{model} was not written by a run of --method full; choose another --output-dir.")
+    named = Path(settings.load).expanduser().resolve() if settings.load else None
+    if settings.resume is None and named in (folder.resolve(), model.resolve()):
+        raise ConfigError(f"--output-dir {folder} holds the model that --load names; choose another folder.")
+
+
+def _wrote_model(folder: Path) -> bool:
+    """The folder is that of a run of `--method full`."""
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and settings.get("method") == "full"
+
+
 def clear(folder: Path) -> None:
     """Remove a former run's own files, and nothing else. Raises StorageError."""
     with storage_errors(folder):
         for _, checkpoint in checkpoints(folder):
             discard_folder(checkpoint)
+        if (folder / WHOLE_MODEL).is_dir() and _wrote_model(folder):
+            discard_folder(folder / WHOLE_MODEL)
         for name in ("tensorboard", "boundary_cache", "dequantized_base"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in _OWN_FILES:
@@ -119,12 +146,14 @@ def versions() -> dict[str, str]:
     return {"finerank": __version__, "python": platform.python_version(), **packages}
 
 
-def results_of(state: TrainState, *, base_eval_loss: float | None, adapter_sha256: str, **facts: Any) -> dict[str, Any]:
-    """The content of results.json. Losses are in `loss_unit`; speeds count steps and evaluations."""
+def results_of(state: TrainState, *, base_eval_loss: float | None, **facts: Any) -> dict[str, Any]:
+    """The content of results.json; `facts` has the digest of adapter or model.
+
+    Losses are in `loss_unit`; speeds count steps and evaluations.
+    """
     seconds = max(state.seconds, 1e-9)
     return {
         **facts,
-        "adapter_sha256": adapter_sha256,
         "base_eval_loss": base_eval_loss if base_eval_loss is not None else state.first_eval_loss,
         "before_eval_loss": state.first_eval_loss,
         "after_eval_loss": state.last_eval_loss,
@@ -156,15 +185,11 @@ def model_card(settings: Any, results: Mapping[str, Any], *, receipt: Mapping[st
         table += ["", *(f"- {name}: {value:.4f}" for name, value in measures.items())]
     named = f"{_IN_CARD} {_PREFERENCE_IN_CARD if settings.stage == 'dpo' else ''}".split()
     chosen = {k: v for k, v in config.to_dict(settings).items() if k in named and v not in (None, [], {})}
+    header, use, licence = _words(results)
     lines = [
         "---",
         f"base_model: {json.dumps(base, ensure_ascii=False)}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags: [lora, finerank]",
-        "---",
-        "",
-        f"# A low-rank adapter for {base}",
+        *header,
         "",
         f"Trained with finerank {__version__}: {results['steps']} steps on {results['rows']} rows, "
         f"{results['trained_tokens']} trained tokens.",
@@ -188,18 +213,40 @@ def model_card(settings: Any, results: Mapping[str, Any], *, receipt: Mapping[st
         "## Use",
         "",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
-        "```",
-        "",
-        f"SHA-256 of `adapter_model.safetensors`: `{results['adapter_sha256']}`",
+        *use,
         "",
         "## Licence",
         "",
-        f"An adapter is a change to its base model: the licence of {base} applies to its use, and that of the data.",
+        f"{licence} its base model: the licence of {base} applies to its use, and that of the data.",
     ]
     return redact("\n".join(lines) + "\n")
+
+
+def _words(results: Mapping[str, Any]) -> tuple[list[str], list[str], str]:
+    """What the card of a model and that of an adapter say differently: head, use, and what the licence is about."""
+    base, is_whole = results["base_model"], "model_sha256" in results
+    library, tag, title = (
+        ("transformers", "full", f"{base}, fine-tuned")
+        if is_whole
+        else ("peft", "lora", f"A low-rank adapter for {base}")
+    )
+    kind, of, place = (
+        ("AutoModelForCausalLM", "transformers", "this folder/model")
+        if is_whole
+        else ("AutoPeftModelForCausalLM", "peft", "this folder")
+    )
+    file, digest = (
+        ("model/model.safetensors", results["model_sha256"])
+        if is_whole
+        else ("adapter_model.safetensors", results["adapter_sha256"])
+    )
+    header = [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: [{tag}, finerank]", "---"]
+    use = [f"from {of} import {kind}", "", f'model = {kind}.from_pretrained("{place}")', "```"]
+    return (
+        [*header, "", f"# {title}"],
+        [*use, "", f"SHA-256 of `{file}`: `{digest}`"],
+        "A tuned model is made from" if is_whole else "An adapter is a change to",
+    )
 
 
 def summary(folder: Path, results: Mapping[str, Any]) -> list[str]:
@@ -212,5 +259,8 @@ def summary(folder: Path, results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{accuracy:.1%} of the held-out pairs have the larger reward on the chosen answer")
     minutes, seconds = divmod(round(results["seconds"]), 60)
     lines.append(f"{results['steps']} steps in {minutes}:{seconds:02d}, {results['rows_per_second']:.1f} rows/s")
-    lines.append(f"adapter: {folder} (sha256 {results['adapter_sha256'][:16]}...)")
+    if "model_sha256" in results:
+        lines.append(f"model: {folder / WHOLE_MODEL} (sha256 {results['model_sha256'][:16]}...)")
+    else:
+        lines.append(f"adapter: {folder} (sha256 {results['adapter_sha256'][:16]}...)")
     return lines

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from finerank import registry
+from finerank.adapters.settings import AdapterSettings
 from finerank.config import setting
 from finerank.errors import ConfigError, unknown_name
 
@@ -32,7 +34,7 @@ class OptimSettings:
     lr_wsd_decay_style: str = setting(
         "exponential", choices=("exponential", "linear", "cosine", "minus_sqrt"), help="WSD: shape of the final decay"
     )
-    weight_decay: float = setting(0.0, help="decoupled weight decay on the adapters' matrices")
+    weight_decay: float = setting(0.0, help="decoupled weight decay on what is trained, matrices only")
     adam_beta1: float = setting(0.9, help="AdamW beta1")
     adam_beta2: float = setting(0.999, help="AdamW beta2")
     adam_eps: float = setting(1e-8, help="AdamW epsilon")
@@ -44,6 +46,12 @@ class RunSettings:
     """How long to train, when to evaluate and save, where to write."""
 
     output_dir: str = setting("runs/latest", help="run folder", flags=("--save",))
+    method: str = setting(
+        "lora",
+        choices=("lora", "full"),
+        help="what is trained: lora, an adapter on the frozen base; full, all of the base's weights",
+        flags=("--finetuning-type",),
+    )
     num_epochs: float | None = setting(
         None, help="passes over the data; default 1 unless --train-iters is given", flags=("--num-train-epochs",)
     )
@@ -60,7 +68,7 @@ class RunSettings:
     final_adapter: str = setting(
         "last",
         choices=("last", "best"),
-        help="which weights become the run's adapter: of the last step or of best loss",
+        help="which weights become the run's adapter (or model): of the last step or of best loss",
     )
     profile: bool = setting(False, help="write where the time and memory of the first steps went")
     profile_steps: int = setting(3, help="with --profile: steps to look at, after one of warm-up")
@@ -197,6 +205,26 @@ def check_preference_settings(s: PreferenceSettings, *, stage: str) -> None:
     for name in ("simpo_gamma", "pref_ftx"):
         if not 0 <= getattr(s, name) < math.inf:
             raise ConfigError(f"{_flag(name)} must be at least 0, not {getattr(s, name)}.")
+
+
+def check_method(s: Any) -> None:
+    """Raise ConfigError for settings of adapters and of quantised bases, which `--method full` has not."""
+    if s.method != "full":
+        return
+    if s.load_4bit or s.load_8bit:
+        raise ConfigError(
+            "--method full trains every weight, and quantised ones cannot be: leave out "
+            f"{'--load-4bit' if s.load_4bit else '--load-8bit'}, or --method full."
+        )
+    if s.lora_load is not None:
+        raise ConfigError(
+            "--method full starts from a model, not from an adapter: merge it first (finerank merge), and give the "
+            "merged folder with --load."
+        )
+    for f in dataclasses.fields(AdapterSettings):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if getattr(s, f.name) != default:
+            raise ConfigError(f"{_flag(f.name)} has no effect with --method full, which has no adapter; leave it out.")
 
 
 def _flag(name: str) -> str:

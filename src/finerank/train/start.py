@@ -1,6 +1,6 @@
 """How a run begins: what it trains, on what loss, and the values that its adapters start from.
 
-trained = make_trained(loaded, settings, say=print)          adapters, fresh or of --lora-load
+trained = make_trained(loaded, settings, say=print)          adapters, fresh or of --lora-load; or all weights
 local = begin(trained, settings, plan, checkpoint, ...)      their values, or only the shape that a checkpoint's have
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.initial import Pass, shape_adapters, start_adapters
 from finerank.adapters.inject import inject_adapters
+from finerank.adapters.lora_plus import speed_up_B
 from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints.native import Checkpoint
@@ -33,6 +34,7 @@ from finerank.train.origin import reference_of_run
 from finerank.train.pair_loss import PairLoss
 from finerank.train.reference import with_reference
 from finerank.train.state import parameters_of
+from finerank.train.whole_model import WholeModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +62,10 @@ def held_out_batches(settings: Any, splits: Splits, pad_token_id: int) -> Callab
     return None
 
 
-def make_trained(loaded: LoadedModel, settings: Any, *, say: Callable[[str], None]) -> AdapterSet:
+def make_trained(loaded: LoadedModel, settings: Any, *, say: Callable[[str], None]) -> "AdapterSet | WholeModel":
     """What the run trains, in the model. Raises ConfigError, AdapterError."""
+    if settings.method == "full":
+        return WholeModel(loaded.model)
     if settings.lora_load is None:
         return inject_adapters(loaded.model, settings, seed=settings.seed, token_ids=loaded.new_token_ids)
     folder = Path(settings.lora_load)
@@ -80,7 +84,7 @@ def with_references(
     splits: Splits,
     settings: Any,
     loaded: LoadedModel,
-    trained: AdapterSet,
+    trained: AdapterSet | WholeModel,
     loss_function: LossFunction,
     *,
     pad_token_id: int,
@@ -98,7 +102,8 @@ def with_references(
             loaded.model,
             data,
             settings,
-            adapters=trained if settings.lora_load is None else None,
+            # all weights, or what goes on from an adapter, are the reference as they are now
+            adapters=trained if isinstance(trained, AdapterSet) and settings.lora_load is None else None,
             made_of=reference_of_run(settings, loaded),
             pad_token_id=pad_token_id,
             say=say,
@@ -110,19 +115,25 @@ def with_references(
     )
 
 
-def begin(trained: AdapterSet, settings: Any, plan: "BatchPlan", checkpoint: Checkpoint | None) -> LocalLearning | None:
+def begin(
+    trained: AdapterSet | WholeModel, settings: Any, plan: "BatchPlan", checkpoint: Checkpoint | None
+) -> LocalLearning | None:
     """Start what is trained in a new run; what a checkpoint will restore only gets the shape of the saved values.
 
-    An adapter of `--lora-load` is left as it is. Returns what learns beside the optimizer, if anything does.
-    Raises ConfigError, AdapterError: see `start_adapters`, `start_local_learning`.
+    An adapter of `--lora-load` is left as it is, and so is a whole model. Returns what learns beside the optimizer, if
+    anything does. Raises ConfigError, AdapterError: see `start_adapters`, `start_local_learning`, `speed_up_B`.
     """
+    if isinstance(trained, WholeModel):
+        return None
     is_fresh = checkpoint is None and settings.lora_load is None
     passes = lambda: forward_passes(trained.model, plan)  # type: ignore[arg-type]  # noqa: E731
     if is_fresh:
         start_adapters(trained, settings, seed=settings.seed, passes=passes)
     elif checkpoint is not None and settings.lora_load is None:
         shape_adapters(trained, settings, parameters_of(checkpoint.tensors))
-    return start_local_learning(trained, settings, lr=settings.lr, seed=plan.seed, passes=passes if is_fresh else None)
+    local = start_local_learning(trained, settings, lr=settings.lr, seed=plan.seed, passes=passes if is_fresh else None)
+    speed_up_B(trained, settings, lr=settings.lr)
+    return local
 
 
 def forward_passes(model: "PreTrainedModel", plan: "BatchPlan") -> Iterator[Pass]:
