@@ -63,7 +63,15 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         command = [sys.executable, "-m", "finerank", *words]
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stderr=theirs,
+            stdout=subprocess.PIPE,
+            env=env,
+            start_new_session=True,
+            # a job in the background of a shell ignores it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         os.close(theirs)
         self.text = ""
 

@@ -8,21 +8,28 @@ number of document boundaries M, N x int32 lengths in tokens, N x int64 byte off
 (first 0, last N). The reader checks all of it against the sizes of both files and maps the values into memory.
 """
 
+import contextlib
 import os
+import shutil
 import struct
+import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from finerank.errors import DataError
-from finerank.files import fsync_path, storage_errors
+from finerank.files import storage_errors
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 _TOKENS = {1, 2, 3, 4, 5, 8}
 CODE_INT32, CODE_UINT16 = 4, 8
+
+_BLOCK = 1 << 16
+"""Sequences whose place is written at a time."""
 
 
 def bin_path(prefix: Path) -> Path:
@@ -36,9 +43,9 @@ def idx_path(prefix: Path) -> Path:
 
 
 class IndexedWriter:
-    """Writes one pair of files; sequences are added in order and nothing is kept in memory but their lengths.
+    """Writes one pair of files; sequences are added in order, and nothing about them is kept in memory.
 
-    Leaving the `with` block writes the index; an error leaves the `.bin` behind for the caller, who writes into a
+    Leaving the `with` block completes the index; an error leaves the files behind for the caller, who writes into a
     place aside, to remove. Raises StorageError.
     """
 
@@ -46,11 +53,16 @@ class IndexedWriter:
         self.prefix = Path(prefix)
         self.code = code
         self.dtype = np.dtype(_DTYPES[code])
-        # of each call of `add`, in 32 bits: millions of samples pass through here
-        self._lengths: list[np.ndarray] = []
-        self._boundaries: list[np.ndarray] = []
-        with storage_errors(bin_path(self.prefix)):
-            self._file = open(bin_path(self.prefix), "wb", buffering=1 << 20)  # noqa: SIM115  closed in __exit__
+        self._num_sequences = self._num_boundaries = 0
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(self._opened(bin_path(self.prefix), "wb"))
+            self._index = stack.enter_context(self._opened(idx_path(self.prefix), "w+b"))
+            with storage_errors(idx_path(self.prefix)):
+                # the index ends with the boundaries, and where they are to stand is known at the end
+                self._boundaries = stack.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
+                self._index.write(bytes(_HEAD.size))
+            self._open_files = stack.pop_all()
+        self._add_boundaries(np.zeros(1, np.int64))
 
     def add(self, flat: np.ndarray, lengths: np.ndarray, *, boundaries: np.ndarray | None = None) -> None:
         """Append sequences.
@@ -64,39 +76,48 @@ class IndexedWriter:
         assert int(lengths.sum()) == len(flat)
         with storage_errors(bin_path(self.prefix)):
             self._file.write(np.ascontiguousarray(flat, self.dtype).tobytes())
-        self._lengths.append(lengths.astype(np.int32))
-        after = np.arange(1, len(lengths) + 1) if boundaries is None else boundaries
-        self._boundaries.append(after.astype(np.int32))
+        with storage_errors(idx_path(self.prefix)):
+            self._index.write(lengths.astype("<i4").tobytes())
+        self._add_boundaries(np.arange(1, len(lengths) + 1) if boundaries is None else boundaries)
+        self._num_sequences += len(lengths)
+
+    def _add_boundaries(self, after: np.ndarray) -> None:
+        with storage_errors(idx_path(self.prefix)):
+            self._boundaries.write((self._num_sequences + after).astype("<i8").tobytes())
+        self._num_boundaries += len(after)
 
     def __enter__(self) -> "IndexedWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        with storage_errors(bin_path(self.prefix)):
-            self._file.close()
+        with storage_errors(bin_path(self.prefix)), self._open_files:
             if kind is None:
-                fsync_path(bin_path(self.prefix))
-        if kind is None:
-            self._write_index()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._complete_index()
 
-    def _write_index(self) -> None:
-        num_sequences, num_boundaries = (sum(map(len, parts)) for parts in (self._lengths, self._boundaries))
-        with storage_errors(idx_path(self.prefix)), open(idx_path(self.prefix), "wb") as file:
-            file.write(_HEAD.pack(_MAGIC, 1, self.code, num_sequences, num_boundaries + 1))
-            for lengths in self._lengths:
-                file.write(lengths.astype("<i4").tobytes())
+    def _complete_index(self) -> None:
+        index = self._index
+        with storage_errors(idx_path(self.prefix)):
             start = 0
-            for lengths in self._lengths:
+            for first in range(0, self._num_sequences, _BLOCK):
+                index.seek(_HEAD.size + 4 * first)
+                lengths = np.frombuffer(index.read(4 * min(_BLOCK, self._num_sequences - first)), "<i4")
                 ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-                file.write((ends - lengths * np.int64(self.dtype.itemsize)).astype("<i8").tobytes())
-                start = int(ends[-1]) if len(ends) else start
-            file.write(np.zeros(1, "<i8").tobytes())
-            count = 0
-            for lengths, after in zip(self._lengths, self._boundaries, strict=True):
-                file.write((count + after.astype("<i8")).tobytes())
-                count += len(lengths)
-            file.flush()
-            os.fsync(file.fileno())
+                index.seek(0, os.SEEK_END)
+                index.write((ends - lengths * np.int64(self.dtype.itemsize)).astype("<i8").tobytes())
+                start = int(ends[-1])
+            self._boundaries.seek(0)
+            shutil.copyfileobj(self._boundaries, index, 1 << 20)
+            index.seek(0)
+            index.write(_HEAD.pack(_MAGIC, 1, self.code, self._num_sequences, self._num_boundaries))
+            index.flush()
+            os.fsync(index.fileno())
+
+    @staticmethod
+    def _opened(path: Path, mode: str) -> BinaryIO:
+        with storage_errors(path):
+            return cast(BinaryIO, open(path, mode, buffering=1 << 20))  # closed in __exit__
 
 
 class IndexedFile:

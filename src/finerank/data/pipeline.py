@@ -21,7 +21,7 @@ import numpy as np
 
 from finerank.data import readers
 from finerank.data.handlers import Handler, detect_handler, make_handler
-from finerank.data.key_index import KeyIndex
+from finerank.data.key_index import KeySet
 from finerank.data.receipt import DUPLICATE, FileReceipt, Receipt
 from finerank.data.rows import BadRow
 from finerank.data.samples import TOO_LONG, ChunkResult, SampleMaker
@@ -92,7 +92,7 @@ def make_samples(
         raise ConfigError(f"--sample-by {sample_by} has no effect: no file is plain text (.txt); leave it out.")
     receipt.files += [FileReceipt(str(path)) for path in files]
     own = receipt.files[len(receipt.files) - len(files) :]
-    seen = KeyIndex()
+    seen = KeySet()
     tasks = _tasks(files, own, choose, sample_by)
     for index, result in _map(tasks, maker, workers):
         yield _account(result, own[index], seen, maker, strict=strict, deduplicate=deduplicate)
@@ -182,7 +182,7 @@ def _work(handler: Handler, rows: Rows) -> ChunkResult:
 
 
 def _account(
-    result: ChunkResult, file: FileReceipt, seen: KeyIndex, maker: SampleMaker, *, strict: bool, deduplicate: bool
+    result: ChunkResult, file: FileReceipt, seen: KeySet, maker: SampleMaker, *, strict: bool, deduplicate: bool
 ) -> ChunkResult:
     """Enter a chunk's rows into the receipt; returns what is left of it."""
     kept = np.flatnonzero(result.is_kept)
