@@ -1,6 +1,8 @@
 """The program as a user meets it: verbs, help, one-sentence errors, exit codes, and nothing touched by --dry-run."""
 
+import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from finerank import __version__, cli, registry
+from finerank.flags import flag_name
 
 VERBS = registry.names(cli.RECIPES)
 
@@ -80,6 +83,16 @@ def test_an_unknown_flag_of_each_verb_is_one_sentence(verb: str, capsys: pytest.
     assert cli.main([verb, *example(verb), "--confg", "x"]) == 2
     said = capsys.readouterr().err
     assert "--config" in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("flag", sorted(registry.load(cli.RECIPES, "preprocess", "verb").Settings.REPLACED_FLAGS))
+def test_a_flag_of_another_program_says_what_to_use_instead(flag: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["preprocess", "--input", "a", "--output-prefix", "b", flag, "0.5"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"finerank: finerank preprocess has no {flag}: ") and said.count("\n") == 1
+    settings = [registry.load(cli.RECIPES, verb, "verb").Settings for verb in ("preprocess", "tune")]
+    known = {flag_name(field.name) for own in settings for field in dataclasses.fields(own)}
+    assert set(re.findall(r"--[a-z-]+", said)) - {flag} <= known
 
 
 @pytest.mark.parametrize("argv", [["tnue"], ["../cli"], ["--foo"], [""], ["tune.py"]])

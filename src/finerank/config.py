@@ -68,7 +68,8 @@ def parse(settings_class: type[T], argv: Sequence[str], *, verb: str, help: str 
     """Settings from defaults, then `--config`, then flags.
 
     `settings_class.IGNORED_FLAGS`, when there is one, names flags of other programs that change nothing here: each is
-    accepted with a warning on stderr, with or without values.
+    accepted with a warning on stderr, with or without values. `settings_class.REPLACED_FLAGS` says of others what to
+    use instead.
 
     Raises:
         ConfigError: an unknown flag or key (with the nearest name), a value of the wrong type, a missing setting.

@@ -30,8 +30,11 @@ def read_flags(settings_class: type, argv: Sequence[str], *, verb: str, help: st
     if unknown and not unknown[0].startswith("-"):
         raise ConfigError(f"finerank {verb} cannot place {unknown[0]!r}; put the flag it belongs to in front of it.")
     if unknown:
+        name = unknown[0].split("=")[0]
+        if (instead := getattr(settings_class, "REPLACED_FLAGS", {}).get(name)) is not None:
+            raise ConfigError(f"finerank {verb} has no {name}: {instead}.")
         known = [flag for action in parser._actions for flag in action.option_strings]
-        raise ConfigError(unknown_name(f"flag of finerank {verb}", unknown[0].split("=")[0], known))
+        raise ConfigError(unknown_name(f"flag of finerank {verb}", name, known))
     return {name: value for name, value in vars(namespace).items() if name != "_given"}
 
 

@@ -28,12 +28,29 @@ _IGNORED = """
 --pad-to-multiple-of --seed --dataset-impl --vocab-file --merge-file
 """
 
+_WEIGHTS = "preprocess each file by itself, and give their prefixes to tune --data-path with --data-weights"
+_FILES = "give the files themselves with --input, and rename their columns with --map-keys"
+_REPLACED = {
+    "--merge-group-keys": "indexed files need not be merged; give all their prefixes to tune --data-path",
+    "--interleave-probs": _WEIGHTS,
+    "--mix-strategy": f"the files of --input follow one another; to mix them otherwise, {_WEIGHTS}",
+    "--dataset-dir": f"no dataset_info.json is read; {_FILES}",
+    "--hf-datasets-params": f"no data set is fetched; {_FILES}",
+    "--script-data-dir": f"no data set script is run; {_FILES}",
+    "--dataset-additional-keys": "the columns of a form of rows are fixed; rename yours with --map-keys",
+    "--max-samples": "all rows are prepared; give --max-samples to tune",
+    "--prompt-type-path": "templates are part of finerank; name one with --prompt-type, or give --hf-chat-template",
+    "--split-sentences": "a text is a document; --sample-by line or paragraph cuts plain text",
+    "--tokenizer-not-use-fast": "the fast tokenizer is taken where there is one; leave the flag out",
+}
+
 
 @dataclass(kw_only=True)
 class Settings(SourceSettings, VocabularySettings, RowSettings):
     """All settings of preprocess."""
 
     IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
+    REPLACED_FLAGS: ClassVar[dict[str, str]] = _REPLACED
 
     input: list[str] = setting(
         [], help="rows: files (json jsonl csv parquet arrow txt, also .gz .zst) or a folder", flags=("--data-path",)
