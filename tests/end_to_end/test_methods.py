@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from finerank import cli
+from finerank import cli, config
 from finerank.files import sha256_file
+from finerank.generate.load import load_generator
+from finerank.recipes import generate
 from tiny import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +56,7 @@ def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_and_resumes_exactly(base: Path, rows: Path, tmp_path: Path, method: str):
-    if method.startswith("4bit"):
+    if "bit" in method:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     flags = [*METHODS[method], "--train-iters", "10"]
     assert tune(base, rows, tmp_path / "whole", *flags, "--save-interval", "4", "--keep-last", "9") == 0
@@ -67,11 +70,45 @@ def test_learns_and_resumes_exactly(base: Path, rows: Path, tmp_path: Path, meth
 
 @pytest.mark.parametrize("method", ["feedback", "dora", "4bit", "pissa", "eva"])
 def test_run_merges_into_the_whole_base(base: Path, rows: Path, tmp_path: Path, method: str):
-    if method.startswith("4bit"):
+    if "bit" in method:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     assert tune(base, rows, tmp_path / "run", *METHODS[method], "--train-iters", "6") == 0
     assert cli.main(["merge", str(tmp_path / "run"), "--save-dir", str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged" / "merge_report.json").is_file()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_base_is_loaded_as_it_was_trained(
+    base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
+):
+    """By generate, from the run and its checkpoint, also where --load names the base; by tune with a warning."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run, flag = tmp_path / "run", f"--load-{bits}bit"
+    more = ["--train-iters", "4", "--save-interval", "2", "--keep-last", "9", "--qlora-save-dequantize"]
+    assert tune(base, rows, run, flag, *more) == 0
+
+    def logits(*flags: str) -> torch.Tensor:
+        capsys.readouterr()
+        argv = ["red", "--device", "cpu", "--dtype", "fp32", *flags]
+        model = load_generator(config.parse(generate.Settings, argv, verb="generate").settings).model
+        with torch.no_grad():
+            return model(input_ids=torch.arange(3, 20)[None]).logits
+
+    expected, original = logits("--load", str(run), flag), logits("--load", str(run), "--base-precision", "original")
+    assert not torch.equal(expected, original)
+    assert torch.equal(logits("--load", str(run)), expected)
+    assert torch.equal(logits("--load", str(base), "--lora-load", str(run)), expected)
+    assert torch.equal(logits("--load", str(run / "checkpoint-2")), logits("--load", str(run / "checkpoint-2"), flag))
+    # a base that holds the rounding already is not rounded again
+    saved = logits("--load", str(run / "dequantized_base"), "--lora-load", str(run))
+    torch.testing.assert_close(saved, expected, rtol=1e-4, atol=1e-4)
+
+    assert (
+        cli.main(["generate", "red", "--load", str(run), "--greedy", "--device", "cpu", "--max-new-tokens", "2"]) == 0
+    )
+    assert f"the base is loaded in {bits} bits, as in training" in capsys.readouterr().err
+    assert tune(base, rows, tmp_path / "on", "--lora-load", str(run), "--train-iters", "1") == 0
+    assert f"was trained over a base in {bits} bits; add {flag}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

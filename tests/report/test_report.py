@@ -150,7 +150,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, said: str
 def test_the_curve_is_a_picture_and_the_same_run_gives_the_same_bytes(tmp_path: Path):
     run = make_run(tmp_path / "one")
     for name in ("a.png", "b.png"):
-        loss_curve(run / "metrics.jsonl", tmp_path / name)
+        loss_curve(run / "metrics.jsonl", tmp_path / name, unit="nats per token")
     pixels = matplotlib.image.imread(tmp_path / "a.png")
     assert pixels.shape[0] > 400 and pixels.shape[1] > 800
     assert pixels[..., :3].min() < 0.2 and len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3)}) > 5
@@ -167,3 +167,24 @@ def test_the_verb_writes_the_page_into_the_run_folder(tmp_path: Path, capsys: py
 def test_what_is_no_run_folder_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_losses_are_named_in_their_own_unit(tmp_path: Path):
+    """Of a finished run as its results say, of an unfinished one by its stage."""
+    pairs = {"results.json": json.dumps({"base_eval_loss": 0.69, "after_eval_loss": 0.5, "loss_unit": "per pair"})}
+    tuned, preferred = make_run(tmp_path / "sft"), make_run(tmp_path / "dpo", base=0.69, **pairs)
+    going = make_run(tmp_path / "going", **{"results.json": None, "config.yaml": yaml.safe_dump({"stage": "dpo"})})
+    assert [read_run(run).loss_unit for run in (tuned, preferred, going)] == ["nats per token", "per pair", "per pair"]
+    page = render([read_run(preferred)], defaults={})
+    assert "per pair" in page and "nats" not in page
+
+
+def test_two_units_are_not_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    units = []
+    monkeypatch.setattr("finerank.report.document.compare_curves", lambda runs, png, unit: units.append(unit))
+    monkeypatch.setattr("finerank.report.document._picture", lambda draw, alt: draw(tmp_path / "picture.png") or "")
+    monkeypatch.setattr("finerank.report.document.loss_curve", lambda metrics, png, unit: units.append(unit))
+    pairs = {"results.json": json.dumps({"base_eval_loss": 0.69, "loss_unit": "per pair"})}
+    runs = [read_run(make_run(tmp_path / "sft")), read_run(make_run(tmp_path / "dpo", **pairs))]
+    render(runs, defaults={})
+    assert units == ["of each run in its own unit", "nats per token", "per pair"]

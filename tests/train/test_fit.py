@@ -81,7 +81,10 @@ def test_cpu_extrapolation_agrees_with_the_measured_peak(monkeypatch: pytest.Mon
 def test_one_row_too_many_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama").requires_grad_(True)
     monkeypatch.setattr(fit, "available_memory_bytes", lambda: 1000)
-    with pytest.raises(memory.OutOfMemoryError, match=r"the model with gradients and optimizer state takes .*--seq-length 20.*longest row takes"):
+    with pytest.raises(
+        memory.OutOfMemoryError,
+        match=r"the model with gradients and optimizer state takes .*--seq-length 20.*longest row takes",
+    ):
         fit.find_split(model, dataset([40] * 4), BatchSettings(pack=False, micro_batch_size="auto"), pad_token_id=0)
 
 

@@ -48,6 +48,13 @@ class Checkpoint:
         return int(self.state["step"])
 
 
+def beside(folder: Path, name: str) -> Path:
+    """A run's file by the folder of its adapter: that of the run, or one of its checkpoints, which lie in it."""
+    if not (folder / name).is_file() and folder.name.startswith("checkpoint-"):
+        return folder.parent / name
+    return folder / name
+
+
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies in a run folder."""
     return run / f"checkpoint-{step}"

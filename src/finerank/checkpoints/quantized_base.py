@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from finerank.checkpoints.native import beside
 from finerank.checkpoints.weights import BaseModel, CastWeights, Weights, WeightsOver
 from finerank.errors import CheckpointError
 from finerank.files import replace_folder
@@ -39,7 +40,7 @@ def dtype_of_run(folder: Path) -> torch.dtype | None:
     said = _config_of_run(folder).get("dtype")
     if said not in _DTYPES:
         try:
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            results = json.loads(beside(folder, "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             results = None  # a run that was stopped has none
         said = results.get("base_dtype") if isinstance(results, dict) else None
@@ -47,7 +48,7 @@ def dtype_of_run(folder: Path) -> torch.dtype | None:
 
 
 def _config_of_run(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
+    path = beside(folder, "config.yaml")
     if not path.is_file():
         return {}
     try:

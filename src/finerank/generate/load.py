@@ -3,7 +3,9 @@
     generator = load_generator(settings)
 
 `--load` may name a base model, a merged model, or the folder of an adapter or run, whose base is then loaded too;
-`--lora-load` puts an adapter on the base of `--load`. A run folder's `template.json` says how its prompts were made:
+`--lora-load` puts an adapter on the base of `--load`. The adapter of a QLoRA run is put on a base in as many bits as it
+was trained over, since it has learned to make up for their rounding too (`--base-precision original` does without). A
+run folder's `template.json` says how its prompts were made:
 the same template is used again, and another one is refused, because an adapter answers badly to prompts it never saw.
 """
 
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from finerank.adapters.files import brings_tokens, read_adapter_config
+from finerank.checkpoints.native import beside
 from finerank.checkpoints.place import is_megatron, place_adapter
+from finerank.checkpoints.quantized_base import bits_of_run
 from finerank.data.settings import TemplateSettings
 from finerank.data.templates import Template, load_template
-from finerank.errors import AdapterError, ConfigError, DataError, ModelError
+from finerank.errors import AdapterError, ConfigError, DataError, MissingExtraError, ModelError
 from finerank.generate.engine import Generator
 from finerank.generate.settings import GeneratorSettings
-from finerank.models.find import TOKENIZER_FILES
-from finerank.models.load import LoadedModel, load_model
+from finerank.models.find import TOKENIZER_FILES, find_model
+from finerank.models.load import LoadedModel, load_model, model_digest
+from finerank.models.packed import bitsandbytes_functions
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +77,7 @@ def _load_base(settings: GeneratorSettings, adapter: Path | None) -> LoadedModel
             raise AdapterError(f"{adapter} names no base model; give --load BASE --lora-load {adapter}.")
     if settings.tokenizer_name_or_path is None and any((adapter / file).is_file() for file in TOKENIZER_FILES):
         changes["tokenizer_name_or_path"] = str(adapter)
+    changes |= _bits(settings, adapter, is_own_base=names_base)
     try:
         own = dataclasses.replace(settings, **changes)
         return load_model(own, seed=settings.seed, may_grow=brings_tokens(adapter))
@@ -81,8 +87,32 @@ def _load_base(settings: GeneratorSettings, adapter: Path | None) -> LoadedModel
         raise ModelError(f"The base model that {adapter} names cannot be loaded: {error}") from error
 
 
+def _bits(settings: GeneratorSettings, adapter: Path, *, is_own_base: bool) -> dict[str, bool]:
+    """`load_4bit` or `load_8bit` where the adapter's run had it over this base, and nothing else is asked for."""
+    if settings.load_4bit or settings.load_8bit or settings.base_precision == "original":
+        return {}
+    bits = bits_of_run(adapter)
+    if bits is None or not (is_own_base or _is_trained_on(adapter, settings)):
+        return {}
+    try:
+        bitsandbytes_functions()
+    except MissingExtraError as error:
+        raise MissingExtraError(
+            f"{adapter} was trained over a base in {bits} bits, and bitsandbytes is missing; install it with: pip "
+            "install 'finerank[quant]', or give --base-precision original."
+        ) from error
+    logger.info("the base is loaded in %d bits, as in training (--base-precision original: as it is)", bits)
+    return {f"load_{bits}bit": True}
+
+
+def _is_trained_on(adapter: Path, settings: GeneratorSettings) -> bool:
+    """Whether `--load` names the weights that the run read, and not e.g. its dequantised base."""
+    trained_on = _read_json(beside(adapter, "results.json")).get("base_model_digest")
+    return settings.load is not None and model_digest(find_model(settings).folder) == trained_on
+
+
 def _warn_of_another_base(adapter: Path, loaded: LoadedModel) -> None:
-    trained_on = _read_json(_beside(adapter, "results.json")).get("base_model_digest")
+    trained_on = _read_json(beside(adapter, "results.json")).get("base_model_digest")
     if trained_on is not None and trained_on != loaded.source.digest:
         logger.warning("%s was trained on other base weights than those of %s", adapter, loaded.source.name)
 
@@ -95,7 +125,7 @@ def stored_template(settings: GeneratorSettings, tokenizer: Any, folders: list[P
     stored: dict[str, Any] = {}
     place = Path()
     for folder in folders:
-        place = _beside(folder, TEMPLATE_FILE)
+        place = beside(folder, TEMPLATE_FILE)
         if stored := _read_json(place):
             break
     if not stored:
@@ -112,13 +142,6 @@ def stored_template(settings: GeneratorSettings, tokenizer: Any, folders: list[P
         f"The prompt template '{template.name}' is not the one in {place} ('{stored.get('name')}'), with which the "
         "adapter was trained; leave the template flags away, or give --template-anyway."
     )
-
-
-def _beside(folder: Path, name: str) -> Path:
-    """A run's file, also for one of its checkpoints, which lie in the run folder."""
-    if not (folder / name).is_file() and folder.name.startswith("checkpoint-"):
-        return folder.parent / name
-    return folder / name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

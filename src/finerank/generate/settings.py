@@ -40,4 +40,9 @@ class GeneratorSettings(ModelSettings, TemplateSettings, SamplingSettings):
     lora_load: str | None = setting(
         None, help="adapter or run folder to put on the base model", flags=("--lora-weights",)
     )
+    base_precision: str = setting(
+        "trained",
+        choices=("trained", "original"),
+        help="base under an adapter: as its run trained it (QLoRA: in 4 or 8 bits), or the original",
+    )
     template_anyway: bool = setting(False, help="use a prompt template other than the one the adapter was trained with")

@@ -13,6 +13,7 @@ from finerank.adapters.files import save_adapter
 from finerank.checkpoints.quantized_base import save_dequantized
 from finerank.data.settings import TemplateSettings
 from finerank.files import sha256_file, write_text
+from finerank.report.collect import NATS, PER_PAIR
 from finerank.report.figures import loss_curve, step_parts
 from finerank.train import run_folder
 from finerank.train.metrics import FILE_NAME, measures_at, read_metrics
@@ -38,6 +39,7 @@ def leave(parts: "Parts", state: TrainState) -> None:
     """Write the finished run, results.json last, and say what came out."""
     settings, folder, loaded = parts.settings, parts.folder, parts.loaded
     left_with = state.best_step if settings.final_adapter == "best" and state.best_step is not None else state.step
+    unit = PER_PAIR if settings.stage == "dpo" else NATS
     describe(parts)  # once more, should someone have removed the folder meanwhile
     saved = _save_adapter(parts, parts.trained) if isinstance(parts.trained, AdapterSet) else _save_model(parts)
     results = run_folder.results_of(
@@ -52,12 +54,12 @@ def leave(parts: "Parts", state: TrainState) -> None:
         final_adapter=settings.final_adapter,
         method=settings.method,
         stage=settings.stage,
-        loss_unit="per pair" if settings.stage == "dpo" else run_folder.NATS,
+        loss_unit=unit,
         eval_measures=measures_at(read_metrics(folder / FILE_NAME), left_with),
         trained_parameters=parts.trained.num_parameters,
     )
     write_text(folder / "README.md", run_folder.model_card(settings, results, receipt=parts.splits.receipt))
-    run_folder.write_files(folder, lambda aside: loss_curve(folder / FILE_NAME, aside / "training_loss.png"))
+    run_folder.write_files(folder, lambda aside: loss_curve(folder / FILE_NAME, aside / "training_loss.png", unit=unit))
     if settings.qlora_save_dequantize:
         _save_dequantized(parts)
     run_folder.write_json(folder / run_folder.RESULTS, results)

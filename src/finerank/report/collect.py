@@ -14,6 +14,9 @@ import yaml
 
 from finerank.errors import DataError
 
+NATS, PER_PAIR = "nats per token", "per pair"
+"""Units of losses: of a supervised loss, of one over pairs of answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -31,6 +34,12 @@ class Run:
     def name(self) -> str:
         """The folder's own name."""
         return self.folder.resolve().name
+
+    @property
+    def loss_unit(self) -> str:
+        """What the run's losses are in."""
+        by_stage = PER_PAIR if self.settings.get("stage") == "dpo" else NATS
+        return str(self.results.get("loss_unit") or by_stage)
 
 
 def read_run(folder: Path) -> Run:

@@ -31,9 +31,10 @@ code { font-size: .92em; } .quiet { opacity: .7; font-size: .9rem; }
 """
 
 _RESULTS = {
-    "base_eval_loss": "held-out loss of the base model (nats per token)",
+    "base_eval_loss": "held-out loss of the base model",
     "after_eval_loss": "held-out loss after tuning",
     "best_eval_loss": "best held-out loss",
+    "loss_unit": "losses are",
     "steps": "optimizer steps",
     "rows": "rows trained",
     "trained_tokens": "tokens trained",
@@ -84,7 +85,9 @@ def _about_one(run: Run, defaults: Mapping[str, Any], *, heading: bool) -> Itera
     unfinished = "<p>This run has not finished: its folder holds no results.json yet.</p>"
     yield "<h2>Result</h2>" + (_table(("what", "value"), shown) if shown else unfinished)
     curve = run.folder / "metrics.jsonl"
-    yield "<h2>Loss</h2>" + _picture(lambda png: loss_curve(curve, png), f"loss by step of {run.name}")
+    yield "<h2>Loss</h2>" + _picture(
+        lambda png: loss_curve(curve, png, unit=run.loss_unit), f"loss by step of {run.name}"
+    )
     if run.answers:
         yield _answers(run.answers)
     if run.receipt:
@@ -103,9 +106,10 @@ def _comparison(runs: Sequence[Run]) -> str:
         if any(key in run.results for run in runs)
     ]
     names = _distinct_names(runs)
-    picture = _picture(
-        lambda png: compare_curves({n: r.metrics for n, r in zip(names, runs, strict=True)}, png), "loss of the runs"
-    )
+    units = {run.loss_unit for run in runs}
+    unit = units.pop() if len(units) == 1 else "of each run in its own unit"
+    metrics = {n: r.metrics for n, r in zip(names, runs, strict=True)}
+    picture = _picture(lambda png: compare_curves(metrics, png, unit=unit), "loss of the runs")
     return "<h2>Side by side</h2>" + _table(("what", *names), rows) + picture
 
 

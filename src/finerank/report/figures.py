@@ -20,7 +20,7 @@ _TRAIN, _HELD_OUT = "#4c78a8", "#d1495b"
 _SMOOTHING_STEPS = 10
 
 
-def loss_curve(metrics_path: Path, png_path: Path) -> None:
+def loss_curve(metrics_path: Path, png_path: Path, *, unit: str) -> None:
     """Draw loss by optimizer step: each step's training loss, its running mean, and the held-out loss.
 
     The first held-out loss is also drawn as a level line: what the untuned model had.
@@ -31,7 +31,7 @@ def loss_curve(metrics_path: Path, png_path: Path) -> None:
     _training(axes, _points(rows, "loss"))
     _held_out(axes, _points(rows, "eval_loss"))
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per trained token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -59,7 +59,7 @@ def step_parts(profile_path: Path, png_path: Path) -> None:
     figure.savefig(png_path, format="png", metadata={"Software": None})
 
 
-def compare_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], png_path: Path) -> None:
+def compare_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], png_path: Path, *, unit: str) -> None:
     """Held-out loss (training loss where none was measured) of several runs in one picture, by step."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -70,7 +70,7 @@ def compare_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], png_path: Pa
             points, label = _running_mean(_points(rows, "loss")), f"{name}: training, running mean"
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label) if points else None
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per trained token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False)
     figure.savefig(png_path, format="png", metadata={"Software": None})

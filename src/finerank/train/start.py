@@ -21,6 +21,7 @@ from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
 from finerank.checkpoints.native import Checkpoint
 from finerank.checkpoints.place import lacks_alpha, place_adapter
+from finerank.checkpoints.quantized_base import bits_of_run
 from finerank.data.batch import Batch
 from finerank.data.dataset import Splits
 from finerank.data.loader import eval_batches
@@ -75,6 +76,11 @@ def make_trained(loaded: LoadedModel, settings: Any, *, say: Callable[[str], Non
         keeps = f.name.startswith(("lu_lora", "cache_boundary", "loraplus")) and f.name != "lu_lora_r"
         if f.name not in used and not keeps and getattr(settings, f.name) != default:
             say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
+    bits = bits_of_run(folder)
+    if bits and not (settings.load_4bit or settings.load_8bit):
+        say(
+            f"warning: {folder} was trained over a base in {bits} bits; add --load-{bits}bit to go on over the same one"
+        )
     if settings.add_tokens:
         raise ConfigError("--add-tokens starts new rows, and the adapter of --lora-load has none; leave one out.")
     return place_adapter(loaded.model, folder, trainable=True, lora_alpha=settings.lora_alpha)
