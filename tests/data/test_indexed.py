@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finerank.data.indexed import IndexedFile, IndexedWriter, bin_path, idx_path
-from finerank.data.packing import best_fit, knapsack
+from finerank.data.packing import best_fit, even_fit, knapsack
 from finerank.errors import DataError
 
 
@@ -71,10 +71,21 @@ def test_packs_hold_every_sample_once_and_fit(lengths: list[int], capacity: int)
         for pack in packs:
             assert sum(lengths[i] for i in pack) <= capacity or len(pack) == 1
             assert most is None or len(pack) <= most
+        even = even_fit(lengths, capacity, most=most)
+        assert sorted(i for pack in even for i in pack) == list(range(len(lengths)))
+        assert len(even) == len(packs)
+        assert most is None or all(len(pack) <= most for pack in even)
+        tokens, tokens_even = ([sum(lengths[i] for i in pack) for pack in rows] for rows in (packs, even))
+        assert max(tokens_even, default=0) <= max(tokens, default=0)
     short = [n for n in lengths if n <= capacity]
     packs = knapsack(short, capacity)
     assert sorted(i for pack in packs for i in pack) == list(range(len(short)))
     assert all(sum(short[i] for i in pack) <= capacity for pack in packs)
+
+
+def test_an_even_fit_evens_out():
+    assert best_fit([6, 5, 4, 3, 2], 15) == [[0, 1, 2], [3, 4]]
+    assert even_fit([6, 5, 4, 3, 2], 15) == [[0, 3, 4], [1, 2]]
 
 
 def test_knapsack_takes_the_largest_that_fits_and_the_last_of_equals():

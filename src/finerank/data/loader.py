@@ -5,7 +5,7 @@
         for batch in plan.micro_batches(step): ...
 
 A plan holds no state: everything follows from (seed, epoch) and the step, so a run resumes at any step with exactly the
-rows it would have seen. Packed, the samples of a global batch fill as few token budgets as best-fit finds; padded, they
+rows it would have seen. Packed, the samples of a global batch fill as few token budgets as best-fit finds, evenly; padded, they
 are sorted by length first, so that little is padded. With `share_prompts`, what sequences of a pack begin with is there
 once.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from finerank.data.batch import Batch
-from finerank.data.packing import best_fit
+from finerank.data.packing import even_fit
 from finerank.data.pairs import Samples
 from finerank.data.settings import BatchSettings, RowSettings
 from finerank.data.shared_prompts import Segment, common_prompt, share_prompts
@@ -216,7 +216,7 @@ def _packs(dataset: Samples, rows: Sequence[int], settings: BatchSettings, most:
         once = common_prompt([own.ids for own in sequences], [own.first_trained for own in sequences])
     own_lengths = [sum(len(own.ids) - once for own in sample) for sample in samples]
     batches = []
-    for pack in best_fit(own_lengths, settings.micro_batch_tokens - once, most=most):
+    for pack in even_fit(own_lengths, settings.micro_batch_tokens - once, most=most):
         own_rows = [rows[i] for i in pack]
         batches.append(_packed(own_rows, [samples[i] for i in pack], _reference(dataset, own_rows), share=share))
     return batches

@@ -1,11 +1,13 @@
 """Packing: which samples share a row of fixed capacity.
 
-`best_fit` fills rows for training: longest first, each sample into the fullest row that still takes it. `knapsack` is
+`best_fit` fills rows for training: longest first, each sample into the fullest row that still takes it. `even_fit`
+needs no more rows, and fills them alike: a step's matrix products are then all of a good size. `knapsack` is
 MindSpeed-LLM's `--pack`, kept so that its files can be made again byte for byte.
 """
 
 import bisect
 import collections
+import heapq
 from collections.abc import Sequence
 
 
@@ -35,6 +37,28 @@ def best_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) 
         if left > 0 and (most is None or len(rows[row]) < most):
             bisect.insort(room, (left, row))
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+
+def even_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) -> list[list[int]]:
+    """As `best_fit`, with the same number of rows and the fullest of them no fuller, and mostly less full.
+
+    Longest first, each into the emptiest row (Graham, "Bounds on multiprocessing timing anomalies", 1969); where that
+    does not end better, the rows of `best_fit`.
+    """
+    tight = best_fit(lengths, capacity, most=most)
+    rows: list[list[int]] = [[] for _ in tight]
+    heap = [(0, row) for row in range(len(rows))]  # (tokens, row) of the rows that take more
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, row = heapq.heappop(heap)
+        rows[row].append(i)
+        if most is None or len(rows[row]) < most:
+            heapq.heappush(heap, (tokens + lengths[i], row))
+    even = sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+    def fullest(rows: list[list[int]]) -> int:
+        return max((sum(lengths[i] for i in row) for row in rows), default=0)
+
+    return even if fullest(even) < fullest(tight) else tight
 
 
 def knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
