@@ -5,9 +5,9 @@
         for batch in plan.micro_batches(step): ...
 
 A plan holds no state: everything follows from (seed, epoch) and the step, so a run resumes at any step with exactly the
-rows it would have seen. Packed, the samples of a global batch fill as few token budgets as best-fit finds, evenly; padded, they
-are sorted by length first, so that little is padded. With `share_prompts`, what sequences of a pack begin with is there
-once.
+rows it would have seen. Packed, the samples of a global batch fill as few token budgets as best-fit finds, evenly, or
+a multiple of what is computed at once; padded, they are sorted by length first, so that little is padded. With
+`share_prompts`, what sequences of a pack begin with is there once.
 """
 
 import dataclasses
@@ -94,8 +94,9 @@ class BatchPlan:
 def eval_batches(
     dataset: Samples, settings: BatchSettings, *, max_batches: int | None = None, pad_token_id: int = 0
 ) -> Iterator[Batch]:
-    """Batches of all samples in order, or of the first ones: at most `max_batches` batches."""
+    """Batches of all samples in order, or of the first ones: at most `max_batches` batches, for use one at a time."""
     _check(settings)
+    settings = dataclasses.replace(settings, micro_batches_at_once=1)
     count = 0
     size = max(settings.global_batch_size, 16)  # enough samples at a time for packs to fill
     for start in range(0, len(dataset), size):
@@ -216,7 +217,9 @@ def _packs(dataset: Samples, rows: Sequence[int], settings: BatchSettings, most:
         once = common_prompt([own.ids for own in sequences], [own.first_trained for own in sequences])
     own_lengths = [sum(len(own.ids) - once for own in sample) for sample in samples]
     batches = []
-    for pack in even_fit(own_lengths, settings.micro_batch_tokens - once, most=most):
+    at_once = settings.micro_batches_at_once or 1
+    capacity = settings.micro_batch_tokens // at_once - once
+    for pack in even_fit(own_lengths, capacity, most=most, multiple_of=at_once):
         own_rows = [rows[i] for i in pack]
         batches.append(_packed(own_rows, [samples[i] for i in pack], _reference(dataset, own_rows), share=share))
     return batches
@@ -238,7 +241,13 @@ def _padded_length(longest: int, settings: BatchSettings) -> int:
 
 
 def _check(settings: BatchSettings) -> None:
-    for name in ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "pad_to_multiple_of"):
+    for name in (
+        "global_batch_size",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "micro_batches_at_once",
+        "pad_to_multiple_of",
+    ):
         value = getattr(settings, name)
         if value == "auto":
             raise ConfigError("--micro-batch-size auto is found by finerank tune alone; give a number here.")

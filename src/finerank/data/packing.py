@@ -8,6 +8,7 @@ MindSpeed-LLM's `--pack`, kept so that its files can be made again byte for byte
 import bisect
 import collections
 import heapq
+import math
 from collections.abc import Sequence
 
 
@@ -39,15 +40,22 @@ def best_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) 
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
 
 
-def even_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) -> list[list[int]]:
-    """As `best_fit`, with the same number of rows and the fullest of them no fuller, and mostly less full.
+def even_fit(
+    lengths: Sequence[int], capacity: int, *, most: int | None = None, multiple_of: int = 1
+) -> list[list[int]]:
+    """As `best_fit`, but the rows are filled alike: the fullest of them is no fuller, and mostly less full.
 
     Longest first, each into the emptiest row (Graham, "Bounds on multiprocessing timing anomalies", 1969); where that
     does not end better, the rows of `best_fit`.
+
+    Args:
+        lengths, capacity, most: as for `best_fit`.
+        multiple_of: the number of rows is a multiple of this one, if there are samples enough.
     """
     tight = best_fit(lengths, capacity, most=most)
-    rows: list[list[int]] = [[] for _ in tight]
-    heap = [(0, row) for row in range(len(rows))]  # (tokens, row) of the rows that take more
+    num_rows = min(math.ceil(len(tight) / multiple_of) * multiple_of, len(lengths))
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    heap = [(0, row) for row in range(num_rows)]  # (tokens, row) of the rows that take more
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         tokens, row = heapq.heappop(heap)
         rows[row].append(i)
@@ -58,7 +66,7 @@ def even_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) 
     def fullest(rows: list[list[int]]) -> int:
         return max((sum(lengths[i] for i in row) for row in rows), default=0)
 
-    return even if fullest(even) < fullest(tight) else tight
+    return even if fullest(even) <= fullest(tight) else tight
 
 
 def knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

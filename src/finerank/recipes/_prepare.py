@@ -26,6 +26,7 @@ from finerank.models.quantized import num_weights
 from finerank.train import resume, start
 from finerank.train.fit import choose_split
 from finerank.train.held_out import LossFunction, batch_loss_sum, evaluate_loss
+from finerank.train.micro_batches import choose_at_once
 from finerank.train.sharing import choose_sharing
 from finerank.train.state import use_deterministic_kernels
 from finerank.train.whole_model import WholeModel
@@ -39,7 +40,7 @@ class Parts:
     """A run, ready for its first step or for a checkpoint to be restored."""
 
     settings: "Settings"
-    """With what was left open (prompts shared or not, micro-batch) filled in."""
+    """With what was left open (prompts shared or not, micro-batches) filled in."""
     folder: Path
     loaded: LoadedModel
     num_base_weights: int
@@ -66,6 +67,9 @@ def prepare(settings: "Settings", folder: Path, *, say: Callable[[str], None]) -
     checkpoint = resume.find_checkpoint(settings.resume, folder, say=say) if settings.resume else None
     template = load_template(settings, loaded.tokenizer)
     splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed)
+    longest = int(splits.train.lengths.max(initial=0))
+    at_once = choose_at_once(settings, loaded.model, longest=longest, loss_function=loss_function)
+    settings = dataclasses.replace(settings, micro_batches_at_once=at_once)
     base_loss = _base_loss(settings, loaded, splits, pad) if loss_function is batch_loss_sum else None
     num_base_weights = num_weights(loaded.model)
     trained = start.make_trained(loaded, settings, say=say)

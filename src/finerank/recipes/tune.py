@@ -80,7 +80,7 @@ def run(settings: Settings) -> int:
         run_folder.check_free(folder, resume=settings.resume is not None, overwrite=settings.overwrite_output_dir)
         run_folder.check_model_folder(folder, settings)
         parts = prepare(settings, folder, say=_say)
-        loop = _make_loop(parts)
+        loop = make_loop(parts)
         _start_or_resume(loop, parts)
         _announce(parts)
         state = _train(loop, parts)
@@ -88,10 +88,12 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _make_loop(parts: "Parts") -> "TrainLoop":
+def make_loop(parts: "Parts") -> "TrainLoop":
+    """The loop over what `prepare` found, before its first step."""
     from finerank.adapters.files import adapter_files
     from finerank.train import start
     from finerank.train.loop import TrainLoop
+    from finerank.train.micro_batches import backward_of
     from finerank.train.origin import origin_of_run
     from finerank.train.whole_model import WholeModel
 
@@ -114,6 +116,7 @@ def _make_loop(parts: "Parts") -> "TrainLoop":
         loss_function=parts.loss_function,
         lr_ratios=trained.lr_ratios,
         local=parts.local,
+        backward=backward_of(trained.parameters(), at_once=settings.micro_batches_at_once or 1),
         after_write=trained.after_write if isinstance(trained, WholeModel) else lambda: None,
     )
 

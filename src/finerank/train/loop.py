@@ -13,6 +13,7 @@ A stop is obeyed after any micro-batch: a half-accumulated gradient is dropped, 
 finished step, from which the same micro-batches follow again.
 """
 
+import contextlib
 import gc
 import math
 import time
@@ -38,8 +39,9 @@ from finerank.train.held_out import (
     evaluate_loss,
     measures_of,
 )
-from finerank.train.memory import OutOfMemoryError, explain, is_out_of_memory, peak_memory_bytes
+from finerank.train.memory import OutOfMemoryError, explain, peak_memory_bytes
 from finerank.train.metrics import FILE_NAME, Metrics, open_trackers, read_metrics
+from finerank.train.micro_batches import Backward, in_turn
 from finerank.train.nonfinite import find_nonfinite, write_replay
 from finerank.train.optim import (
     build_optimizer,
@@ -84,6 +86,7 @@ class TrainLoop:
         local: LocalUpdate | None = None,
         after_write: Callable[[], None] = lambda: None,
         around_step: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
+        backward: Backward = in_turn,
     ):
         """
         Args:
@@ -100,13 +103,14 @@ class TrainLoop:
             local: learns beside the optimizer, once a step; its parameters are among the adapters', without gradient.
             after_write: called when trained parameters have new values, e.g. to round them into a bf16 model.
             around_step: entered for the forward, backward and update of a step (counted from 0), e.g. to profile it.
+            backward: how the micro-batches of a step are gone through.
         """
         self.model, self.plan, self.settings, self.folder, self.origin = model, plan, settings, folder, origin
         self.adapter_files, self.held_out, self.loss_function = adapter_files, held_out, loss_function
         self.named_parameters = dict(adapters.named_parameters())
         trained = {name: p for name, p in self.named_parameters.items() if p.requires_grad}
         self.parameters, self.local, self.after_write = list(trained.values()), local, after_write
-        self.around_step = around_step
+        self.around_step, self.backward = around_step, backward
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(trained.items(), settings, lr_ratios=lr_ratios)
         self.learning_rate = Schedule.of(settings, num_steps=plan.num_steps)
@@ -263,22 +267,18 @@ class TrainLoop:
         count = sum(count_of(self.loss_function, batch) for batch in batches)
         begin_measuring(self.loss_function)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(batches):
-            seed_everything(*self._seed(i))
-            fits = True
-            try:
-                loss = self.loss_function(self.model, batch.to(self.device))
-                (loss / count).backward()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                fits = False
-            if not fits:  # outside, where the error is gone with all that its traceback held: the state is to be saved
-                gc.collect()
-                raise OutOfMemoryError(explain(self.model, batch, device=self.device))
-            total += loss.detach().double()
-            self.signals.check()
+        with contextlib.closing(self.backward(batches, self._forward, count)) as losses:
+            for batch, loss in zip(batches, losses, strict=False):
+                if loss is None:
+                    gc.collect()
+                    raise OutOfMemoryError(explain(self.model, batch, device=self.device))
+                total += loss.double()
+                self.signals.check()
         return total.item() / count
+
+    def _forward(self, i: int, batch: Batch) -> Tensor:
+        seed_everything(*self._seed(i))
+        return self.loss_function(self.model, batch.to(self.device))
 
     def _seed(self, micro_batch: int) -> tuple[int, int, int]:
         return (self.settings.seed, self.state.step, micro_batch)

@@ -36,7 +36,7 @@ adam_beta2 adam_eps clip_grad lora_dropout on_nonfinite max_nonfinite determinis
 lu_lora_lr lu_lora_lr_ratio lu_lora_freeze_after loraplus_lr_ratio
 """
 # the same rows in another split: equal up to rounding
-_SPLIT = "micro_batch_size micro_batch_tokens pack variable_seq_lengths pad_to_multiple_of"
+_SPLIT = "micro_batch_size micro_batch_tokens micro_batches_at_once pack variable_seq_lengths pad_to_multiple_of"
 SAFE = frozenset([*_LENGTH_AND_RATE.split(), *_SPLIT.split(), "held-out data"])
 """What may differ under `--resume-anyway`."""
 
