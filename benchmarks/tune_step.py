@@ -72,6 +72,12 @@ SETUPS = {
         LARGE_PAGES,
     ),
     "finerank-fp32": Setup("finerank, fp32", "finerank_tune.py", ("--dtype", "fp32"), ALLOCATOR),
+    "finerank-in-turn": Setup(
+        "finerank, bf16, --micro-batches-at-once 1", "finerank_tune.py", ("--at-once", "1"), ALLOCATOR
+    ),
+    "finerank-roomy": Setup(
+        "finerank, bf16, --micro-batch-tokens 4096", "finerank_tune.py", ("--tokens", "4096"), ALLOCATOR
+    ),
     "finerank-apart": Setup(
         "finerank, bf16, --no-share-prompts", "finerank_tune.py", ("--share-prompts", "0"), ALLOCATOR
     ),

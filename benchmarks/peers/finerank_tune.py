@@ -1,4 +1,4 @@
-"""Contestant: finerank's own training loop, as `finerank tune` runs it."""
+"""Contestant: `finerank tune` itself, whose plan of batches waits until the benchmark asks for a step."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from protocol import Contestant, Stopped, held_out_loss, load_rows, parse
+from protocol import Contestant, Stopped, data_settings, held_out_loss, parse
 
 
 class SteppedPlan:
@@ -26,45 +26,31 @@ class SteppedPlan:
 
 
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="bf16", bits=16, fused=1, share_prompts=1)
+    task, own = parse(__doc__ or "", dtype="bf16", bits=16, fused=1, share_prompts=1, at_once=0, tokens=2048)
 
-    from finerank.adapters.files import adapter_files
-    from finerank.adapters.inject import inject_adapters
-    from finerank.adapters.settings import AdapterSettings
-    from finerank.models.attention import use_packed_attention
-    from finerank.models.forward import verified_head
-    from finerank.models.fused.fuse import fuse
-    from finerank.models.load import load_model
-    from finerank.models.settings import ModelSettings
-    from finerank.train.loop import TrainLoop
-    from finerank.train.settings import TrainSettings
+    from finerank.recipes._prepare import prepare
+    from finerank.recipes.tune import Settings, make_loop
 
-    bits = {"load_4bit": own.bits == 4, "load_8bit": own.bits == 8}
-    loaded = load_model(ModelSettings(load=task.model, dtype=own.dtype, **bits))
-    use_packed_attention(loaded.model)
-    if own.fused:
-        fuse(loaded.model)
-    _, held_out, plan = load_rows(task, loaded.tokenizer)
-    plan.settings = dataclasses.replace(plan.settings, share_prompts=bool(own.share_prompts))
-    adapters = inject_adapters(loaded.model, AdapterSettings(lora_r=task.rank, lora_alpha=2.0 * task.rank), seed=1)
-    verified_head(loaded.model)
+    settings = Settings(
+        **dataclasses.asdict(data_settings(task))
+        | {"load": task.model, "dtype": own.dtype, "load_4bit": own.bits == 4, "load_8bit": own.bits == 8}
+        | {"lora_r": task.rank, "lora_alpha": 2.0 * task.rank, "lr": task.lr, "lr_decay_style": "constant"}
+        | {"fused": bool(own.fused), "share_prompts": bool(own.share_prompts), "train_iters": task.num_steps}
+        | {"micro_batches_at_once": own.at_once or None, "micro_batch_tokens": own.tokens, "seed": task.seed}
+        | {"save_interval_minutes": 0.0, "log_interval": 10**6}
+    )
     contestant = Contestant()
-    contestant.ready()
-    settings = TrainSettings(lr=task.lr, lr_decay_style="constant", save_interval_minutes=0.0, log_interval=10**6)
     with tempfile.TemporaryDirectory() as folder:
-        loop = TrainLoop(
-            loaded.model,
-            adapters,
-            SteppedPlan(plan, contestant),
-            settings,
-            folder=Path(folder),
-            origin={"settings": {}, "digests": {}, "environment": {}},
-            adapter_files=lambda: adapter_files(adapters, base_model_name=loaded.source.name),
-        )
+        parts = prepare(settings, Path(folder), say=print)
+        held_out, model = parts.splits.valid, parts.loaded.model
+        plan: Any = SteppedPlan(parts.plan, contestant)
+        without_evaluation = dataclasses.replace(parts.splits, valid=None)
+        loop = make_loop(dataclasses.replace(parts, plan=plan, splits=without_evaluation))
+        contestant.ready()
         with contextlib.suppress(Stopped):
             loop.run()
-    loaded.model.set_attn_implementation("sdpa")
-    contestant.end(held_out_loss=held_out_loss(loaded.model, held_out))
+    model.set_attn_implementation("sdpa")
+    contestant.end(held_out_loss=held_out_loss(model, held_out))
 
 
 if __name__ == "__main__":
