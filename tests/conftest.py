@@ -1,12 +1,14 @@
 """Fixtures shared by all tests: where the optional data lies, and tiny models."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 USERS_CACHE = os.environ.get("FINERANK_HOME")  # before any test changes it
 
 
