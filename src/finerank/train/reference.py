@@ -33,11 +33,6 @@ from finerank.errors import NumericsError, StorageError
 from finerank.files import cache_folder, replace_file
 from finerank.train.pair_loss import pairs_of
 
-_LAYOUT = """
-pack global_batch_size micro_batch_size micro_batch_tokens variable_seq_lengths pad_to_multiple_of seq_length
-share_prompts
-"""
-
 
 class Adapters(Protocol):
     """See `finerank.adapters.adapter_set.AdapterSet`."""
@@ -68,7 +63,7 @@ def with_reference(
 
     Raises NumericsError when the model gives a pair a log-probability that is not finite.
     """
-    layout = {name: getattr(settings, name) for name in _LAYOUT.split()}
+    layout = _layout(data, settings, pad_token_id)
     told = {"data": data.digest, "layout": layout, "adapter off": adapters is not None, **made_of}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{key[:40]}.safetensors"
@@ -85,6 +80,16 @@ def with_reference(
         except StorageError as error:  # the run can go on; one resumed later computes them again
             say(f"warning: {error}")
     return data.with_reference(values)
+
+
+def _layout(data: PairDataset, settings: DataSettings, pad_token_id: int) -> str:
+    """Digest of which pairs lie side by side, and how: by the batches themselves, whatever decided them."""
+    digest = hashlib.sha256()
+    for batch in eval_batches(data, settings, pad_token_id=pad_token_id):
+        borders = (batch.cu_seqlens, batch.parents)
+        told = [batch.input_ids.shape, batch.rows, *(None if b is None else b.tolist() for b in borders)]
+        digest.update(json.dumps(told).encode())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
