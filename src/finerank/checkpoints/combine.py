@@ -26,6 +26,7 @@ from torch import Tensor
 
 from finerank.checkpoints.formats.hf import read_json
 from finerank.checkpoints.lora import Adapter, Factors
+from finerank.checkpoints.native import beside
 from finerank.checkpoints.regroup import lora_config
 from finerank.checkpoints.weights import same_bits
 from finerank.errors import AdapterError, ConfigError
@@ -260,11 +261,9 @@ def described_runs(folders: Sequence[Path]) -> list[Run]:
     """From `results.json` and `template.json`, which a checkpoint's run has beside it."""
 
     def value(folder: Path, file: str, key: str) -> str | None:
-        for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
-            if (place / file).is_file():
-                found = read_json(place / file).get(key)
-                return found if isinstance(found, str) else None
-        return None
+        path = beside(folder, file)
+        found = read_json(path).get(key) if path.is_file() else None
+        return found if isinstance(found, str) else None
 
     return [Run(value(f, "results.json", "base_model_digest"), value(f, "template.json", "digest")) for f in folders]
 

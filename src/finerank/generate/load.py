@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finerank.adapters.files import brings_tokens, read_adapter_config
+from finerank.checkpoints.combine import described_runs
 from finerank.checkpoints.native import beside
 from finerank.checkpoints.place import is_megatron, place_adapter
 from finerank.checkpoints.quantized_base import bits_of_run
@@ -107,12 +108,12 @@ def _bits(settings: GeneratorSettings, adapter: Path, *, is_own_base: bool) -> d
 
 def _is_trained_on(adapter: Path, settings: GeneratorSettings) -> bool:
     """Whether `--load` names the weights that the run read, and not e.g. its dequantised base."""
-    trained_on = _read_json(beside(adapter, "results.json")).get("base_model_digest")
+    trained_on = described_runs([adapter])[0].base_digest
     return settings.load is not None and model_digest(find_model(settings).folder) == trained_on
 
 
 def _warn_of_another_base(adapter: Path, loaded: LoadedModel) -> None:
-    trained_on = _read_json(beside(adapter, "results.json")).get("base_model_digest")
+    trained_on = described_runs([adapter])[0].base_digest
     if trained_on is not None and trained_on != loaded.source.digest:
         logger.warning("%s was trained on other base weights than those of %s", adapter, loaded.source.name)
 

@@ -19,6 +19,7 @@ from finerank.adapters.inject import inject_adapters
 from finerank.adapters.lora_plus import speed_up_B
 from finerank.adapters.lu_lora import LocalLearning, start_local_learning
 from finerank.adapters.settings import AdapterSettings
+from finerank.checkpoints.combine import described_runs
 from finerank.checkpoints.native import Checkpoint
 from finerank.checkpoints.place import lacks_alpha, place_adapter
 from finerank.checkpoints.quantized_base import bits_of_run
@@ -76,8 +77,11 @@ def make_trained(loaded: LoadedModel, settings: Any, *, say: Callable[[str], Non
         keeps = f.name.startswith(("lu_lora", "cache_boundary", "loraplus")) and f.name != "lu_lora_r"
         if f.name not in used and not keeps and getattr(settings, f.name) != default:
             say(f"warning: --{f.name.replace('_', '-')} has no effect: the adapter of --lora-load has its own")
+    trained_on = described_runs([folder])[0].base_digest
+    if trained_on not in (None, loaded.source.digest):
+        say(f"warning: {folder} was trained on other base weights than those of {loaded.source.name}")
     bits = bits_of_run(folder)
-    if bits and not (settings.load_4bit or settings.load_8bit):
+    if bits and trained_on in (None, loaded.source.digest) and not (settings.load_4bit or settings.load_8bit):
         say(
             f"warning: {folder} was trained over a base in {bits} bits; add --load-{bits}bit to go on over the same one"
         )
