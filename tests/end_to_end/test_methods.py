@@ -130,3 +130,15 @@ def test_bad_flags_are_one_sentence(
     assert tune(base, rows, tmp_path / "run", *flags) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
+
+
+def test_an_adapter_of_other_weights_is_warned_about(
+    base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert tune(base, rows, tmp_path / "run", "--train-iters", "1") == 0
+    other = save_tiny(tmp_path / "other", "llama", num_hidden_layers=4, hidden_size=64, seed=3)
+    for load, warned in ((base, False), (other, True)):
+        capsys.readouterr()
+        on = ["--lora-load", str(tmp_path / "run"), "--train-iters", "1"]
+        assert tune(load, rows, tmp_path / f"on-{load.name}", *on) == 0
+        assert ("was trained on other base weights than those of" in capsys.readouterr().err) is warned
