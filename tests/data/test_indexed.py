@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finerank.data import indexed
 from finerank.data.indexed import IndexedFile, IndexedWriter, bin_path, idx_path
 from finerank.data.packing import best_fit, even_fit, knapsack
 from finerank.errors import DataError
@@ -32,6 +33,19 @@ def test_layout_is_the_documented_one(tmp_path: Path):
     raw = idx_path(write(tmp_path / "a", [[1, 2], [3]])).read_bytes()
     assert raw == (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 2, 3) + struct.pack("<2i2q3q", 2, 1, 0, 8, 0, 1, 2))
     assert bin_path(tmp_path / "a").read_bytes() == struct.pack("<3i", 1, 2, 3)
+
+
+def test_an_index_of_several_blocks_and_documents_without_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(indexed, "_BLOCK", 3)
+    sequences = [[i] * (i % 4) for i in range(11)]
+    with IndexedWriter(tmp_path / "a") as writer:
+        for part, boundaries in ((sequences[:4], [1, 1, 2, 4]), ([], [0]), (sequences[4:], [7])):
+            flat = np.array([value for sequence in part for value in sequence], np.int32)
+            writer.add(flat, np.array(list(map(len, part)), np.int64), boundaries=np.array(boundaries))
+    file = IndexedFile(tmp_path / "a")
+    assert [file[i].tolist() for i in range(len(file))] == sequences
+    assert file.boundaries.tolist() == [0, 1, 1, 2, 4, 4, 11]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx"}
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

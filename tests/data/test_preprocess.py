@@ -261,3 +261,11 @@ def test_inspect_takes_a_packed_row_apart(tiny_folder: Path, tmp_path: Path, cap
     lengths = [int(n) for n in re.findall(r"^sample \d+: (\d+) tokens", said, re.MULTILINE)]
     assert lengths == [int((numbers == n).sum()) for n in range(1, numbers.max() + 1)]
     assert said.count("⟦") == len(lengths)  # each has its one answer, and the padding is not shown
+
+
+def test_rows_inside_an_object_are_pointed_at(tmp_path: Path):
+    choose = choose_handler(None)
+    with pytest.raises(DataError, match=r"columns: 'data'.* under 'data'\? Then make that list the file\.$"):
+        choose(tmp_path / "a.json", [(1, {"data": [{"instruction": "a", "output": "b"}]})])
+    with pytest.raises(DataError, match=r"columns with --map-keys\.$"):
+        choose(tmp_path / "a.json", [(1, {"data": []}), (2, {"data": []})])

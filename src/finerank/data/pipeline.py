@@ -53,9 +53,11 @@ def choose_handler(
         found = detect_handler(first, map_keys=map_keys, mask_history=mask_history)
         if found is None:
             columns = ", ".join(map(repr, first[0])) if first else "none"
+            inside = [key for key, value in first[0].items() if isinstance(value, list)] if len(rows) == 1 else []
+            hint = f"; or are its rows under {inside[0]!r}? Then make that list the file" if inside else ""
             raise DataError(
                 f"The rows of {path} have no known form (columns: {columns}); name one with --handler-name, and rename "
-                "columns with --map-keys."
+                f"columns with --map-keys{hint}."
             )
         return found
 
