@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finerank import cli, config
 from finerank.files import sha256_file
@@ -103,9 +104,14 @@ def test_the_base_is_loaded_as_it_was_trained(
     saved = logits("--load", str(run / "dequantized_base"), "--lora-load", str(run))
     torch.testing.assert_close(saved, expected, rtol=1e-4, atol=1e-4)
 
-    assert (
-        cli.main(["generate", "red", "--load", str(run), "--greedy", "--device", "cpu", "--max-new-tokens", "2"]) == 0
-    )
+    # nor does merging onto it round a second time
+    saved_base, merged = ["--load", str(run / "dequantized_base"), "--lora-load"], [tmp_path / "m", tmp_path / "saved"]
+    assert cli.main(["merge", str(run), "--save-dir", str(merged[0])]) == 0
+    assert cli.main(["merge", *saved_base, str(run), "--save-dir", str(merged[1])]) == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in merged)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+    assert cli.main(["generate", "red", "--load", str(run), "--device", "cpu", "--max-new-tokens", "2"]) == 0
     assert f"the base is loaded in {bits} bits, as in training" in capsys.readouterr().err
     assert tune(base, rows, tmp_path / "on", "--lora-load", str(run), "--train-iters", "1") == 0
     assert f"was trained over a base in {bits} bits; add {flag}" in capsys.readouterr().err

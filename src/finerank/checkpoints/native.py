@@ -49,8 +49,8 @@ class Checkpoint:
 
 
 def beside(folder: Path, name: str) -> Path:
-    """A run's file by the folder of its adapter: that of the run, or one of its checkpoints, which lie in it."""
-    if not (folder / name).is_file() and folder.name.startswith("checkpoint-"):
+    """A run's file by the folder of its adapter: that of the run, or of one of its checkpoints, which lie in it."""
+    if not (folder / name).exists() and folder.name.startswith("checkpoint-"):
         return folder.parent / name
     return folder / name
 

@@ -74,6 +74,9 @@ def base_as_trained(base: BaseModel, adapter_folder: Path, precision: str) -> Ba
     bits = bits_of_run(adapter_folder) if precision == "trained" else named[precision]
     if bits is None:
         return base
+    own = beside(adapter_folder, SAVED).resolve()
+    if precision == "trained" and base.folder is not None and base.folder.resolve() == own:
+        return base  # it has been through that already
     print(f"the base's linears are taken as {bits}-bit training sees them (--base-precision original: as they are)")
     return as_trained(base, bits, dtype_of_run(adapter_folder))
 
