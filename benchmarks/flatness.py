@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
-from finerank.models.runtime import ALLOCATOR  # noqa: E402
+from finerank.models.runtime import ENVIRONMENT  # noqa: E402
 
 AXES: dict[str, tuple[int, ...]] = {
     "data": (100, 1_000, 10_000, 100_000),
@@ -96,7 +96,7 @@ def point(axis: str, value: int, steps: int) -> dict[str, float]:
 def run(axis: str, value: int, steps: int) -> dict[str, float]:
     """One point, in a process of its own."""
     command = [sys.executable, __file__, "--point", axis, str(value), "--steps", str(steps)]
-    environment = {**os.environ, **ALLOCATOR}
+    environment = {**os.environ, **ENVIRONMENT}
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 

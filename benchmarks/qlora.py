@@ -15,14 +15,14 @@ from pathlib import Path
 import tune_step
 from tune_step import LARGE_PAGES, Setup
 
-from finerank.models.runtime import ALLOCATOR  # found by way of tune_step
+from finerank.models.runtime import ENVIRONMENT  # found by way of tune_step
 
 _TRAINER = ("--dtype", "bf16", "--micro-batch", "1", "--bits")
 tune_step.SETUPS.update(
     {
-        "finerank": Setup("finerank, LoRA over bf16", "finerank_tune.py", environment=ALLOCATOR),
-        "finerank-4bit": Setup("finerank, --load-4bit", "finerank_tune.py", ("--bits", "4"), ALLOCATOR),
-        "finerank-8bit": Setup("finerank, --load-8bit", "finerank_tune.py", ("--bits", "8"), ALLOCATOR),
+        "finerank": Setup("finerank, LoRA over bf16", "finerank_tune.py", environment=ENVIRONMENT),
+        "finerank-4bit": Setup("finerank, --load-4bit", "finerank_tune.py", ("--bits", "4"), ENVIRONMENT),
+        "finerank-8bit": Setup("finerank, --load-8bit", "finerank_tune.py", ("--bits", "8"), ENVIRONMENT),
         "peft-4bit": Setup(
             "PEFT + bitsandbytes NF4, HF Trainer (bf16, micro-batch 1, large pages)",
             "hf_trainer.py",

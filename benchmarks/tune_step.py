@@ -6,7 +6,7 @@
 
 Every contestant is a process of its own. All load first; then each takes its first step, then each its second, and so
 on, so that whatever else happens on the machine happens to all of them. The ratio is taken step by step over the same
-rows, and its median reported; the first step is warm-up. After the last step each one computes the loss on the same
+rows, and its median reported; steps of warm-up are not counted. After the last step each one computes the loss on the same
 held-out rows with transformers alone. Prints a table, and writes it with all single times to --output.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
-from finerank.models.runtime import ALLOCATOR  # noqa: E402
+from finerank.models.runtime import ENVIRONMENT  # noqa: E402
 
 LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
@@ -41,7 +41,7 @@ class Setup:
 
 
 SETUPS = {
-    "finerank": Setup("finerank, bf16, as installed", "finerank_tune.py", environment=ALLOCATOR),
+    "finerank": Setup("finerank, bf16, as installed", "finerank_tune.py", environment=ENVIRONMENT),
     "trainer-default": Setup(
         "PEFT + HF Trainer, default (fp32, micro-batch 8, padded)",
         "hf_trainer.py",
@@ -57,13 +57,13 @@ SETUPS = {
         "PEFT + HF Trainer, hand-tuned, with finerank's allocator settings",
         "hf_trainer.py",
         ("--dtype", "bf16", "--micro-batch", "1"),
-        ALLOCATOR,
+        ENVIRONMENT,
     ),
     "trainer-best": Setup(
         "PEFT + HF Trainer, hand-tuned, with finerank's allocator settings and eager attention",
         "hf_trainer.py",
         ("--dtype", "bf16", "--micro-batch", "1", "--attention", "eager"),
-        ALLOCATOR,
+        ENVIRONMENT,
     ),
     "trainer-fp32": Setup(
         "PEFT + HF Trainer, fp32, micro-batch 1, large pages",
@@ -71,17 +71,17 @@ SETUPS = {
         ("--dtype", "fp32", "--micro-batch", "1"),
         LARGE_PAGES,
     ),
-    "finerank-fp32": Setup("finerank, fp32", "finerank_tune.py", ("--dtype", "fp32"), ALLOCATOR),
+    "finerank-fp32": Setup("finerank, fp32", "finerank_tune.py", ("--dtype", "fp32"), ENVIRONMENT),
     "finerank-in-turn": Setup(
-        "finerank, bf16, --micro-batches-at-once 1", "finerank_tune.py", ("--at-once", "1"), ALLOCATOR
+        "finerank, bf16, --micro-batches-at-once 1", "finerank_tune.py", ("--at-once", "1"), ENVIRONMENT
     ),
     "finerank-roomy": Setup(
-        "finerank, bf16, --micro-batch-tokens 4096", "finerank_tune.py", ("--tokens", "4096"), ALLOCATOR
+        "finerank, bf16, --micro-batch-tokens 4096", "finerank_tune.py", ("--tokens", "4096"), ENVIRONMENT
     ),
     "finerank-apart": Setup(
-        "finerank, bf16, --no-share-prompts", "finerank_tune.py", ("--share-prompts", "0"), ALLOCATOR
+        "finerank, bf16, --no-share-prompts", "finerank_tune.py", ("--share-prompts", "0"), ENVIRONMENT
     ),
-    "finerank-unfused": Setup("finerank, bf16, --no-fused", "finerank_tune.py", ("--fused", "0"), ALLOCATOR),
+    "finerank-unfused": Setup("finerank, bf16, --no-fused", "finerank_tune.py", ("--fused", "0"), ENVIRONMENT),
     "finerank-untuned": Setup("finerank, bf16, --no-tune-runtime", "finerank_tune.py"),
 }
 
@@ -93,7 +93,7 @@ class Runner:
         self.name, self.setup = name, SETUPS[name]
         self.seconds: list[float] = []
         self.result: dict[str, Any] = {}
-        environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
+        environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
         environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **self.setup.environment}
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "src"), environment.get("PYTHONPATH", "")])
         self._log_path = log / f"{name}.log"
@@ -141,7 +141,8 @@ def arguments(description: str | None, contestants: list[str]) -> argparse.Names
     parser.add_argument("--data", type=Path, default=shared / "data" / "alpaca_en_demo.json", help="instruction rows")
     parser.add_argument("--model", default="smollm2-135m", help="what --load of finerank takes")
     parser.add_argument("--contestants", nargs="+", choices=SETUPS, default=contestants)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps, after one of warm-up")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps, after those of warm-up")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps in which a process gets its memory")
     parser.add_argument("--global-batch-size", type=int, default=16, help="rows a step")
     parser.add_argument("--seq-length", type=int, default=512, help="longest row in tokens")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters; alpha is twice the rank")
@@ -165,9 +166,10 @@ def race(args: argparse.Namespace, log: Path) -> list[Runner]:
     micro_batch = 8 if "trainer-default" in args.contestants else 1
     if args.global_batch_size % micro_batch:
         sys.exit(f"--global-batch-size must be a multiple of {micro_batch} for these contestants")
-    # one step of warm-up, and one that is never taken: there each contestant waits until the others are done
+    # one step more than are taken: there each contestant waits until the others are done
+    num_steps = args.warm_up + args.steps
     task = [
-        "--model", args.model, "--data", str(args.data), "--num-steps", str(args.steps + 2),
+        "--model", args.model, "--data", str(args.data), "--num-steps", str(num_steps + 1),
         "--seq-length", str(args.seq_length), "--global-batch-size", str(args.global_batch_size),
         "--held-out", str(args.held_out), "--rank", str(args.rank), "--lr", str(args.lr), "--seed", str(args.seed),
     ]  # fmt: skip
@@ -177,9 +179,13 @@ def race(args: argparse.Namespace, log: Path) -> list[Runner]:
             runners.append(Runner(name, task, threads=args.threads, log=log))
             runners[-1].wait_ready()
             print(f"{name} is ready", file=sys.stderr, flush=True)
-        for step in range(args.steps + 1):
+        for step in range(num_steps):
             times = [f"{runner.name} {runner.step():.2f} s" for runner in runners]
-            print(f"step {step}{' (warm-up)' if step == 0 else ''}: {', '.join(times)}", file=sys.stderr, flush=True)
+            print(
+                f"step {step}{' (warm-up)' if step < args.warm_up else ''}: {', '.join(times)}",
+                file=sys.stderr,
+                flush=True,
+            )
         for runner in runners:
             runner.end()
     finally:
@@ -193,8 +199,8 @@ def summarise(runners: list[Runner], args: argparse.Namespace) -> dict[str, Any]
     first = runners[0]
     rows = []
     for runner in runners:
-        timed = runner.seconds[1:]
-        ratios = [theirs / ours for theirs, ours in zip(timed, first.seconds[1:], strict=True)]
+        timed = runner.seconds[args.warm_up :]
+        ratios = [theirs / ours for theirs, ours in zip(timed, first.seconds[args.warm_up :], strict=True)]
         rows.append(
             {
                 "contestant": runner.name,

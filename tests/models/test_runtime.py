@@ -28,7 +28,7 @@ def start(tmp_path):
         script = tmp_path / name
         script.parent.mkdir(exist_ok=True)
         script.write_text(program)
-        clean = {k: v for k, v in os.environ.items() if k not in runtime.ALLOCATOR and k != runtime.MARK}
+        clean = {k: v for k, v in os.environ.items() if k not in runtime.ENVIRONMENT and k != runtime.MARK}
         command = [sys.executable, str(script), *argv]
         return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=check)
 
@@ -61,7 +61,7 @@ def test_after_torch_nothing_happens(start):
 
 @linux
 def test_what_the_user_has_set_stays(start):
-    every = dict.fromkeys(runtime.ALLOCATOR, "1")
+    every = dict.fromkeys(runtime.ENVIRONMENT, "1")
     done = start(**every)
     assert done.stdout.strip() == "[] 1 1" and "runtime:" not in done.stderr
     assert start(MALLOC_MMAP_MAX_="5").stdout.strip() == "[] 5 1"

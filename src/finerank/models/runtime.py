@@ -5,7 +5,9 @@
 A training step frees and takes hundreds of megabytes again and again. By default glibc gives large blocks back to the
 system each time, and the system clears every page before it hands it out again: 280,000 page faults and a tenth of the
 time of a step of 2,048 tokens. With the variables below the process keeps its memory (its peak does not change), and
-large tensors lie in large pages. They are read when a process starts, so the program executes itself again.
+large tensors lie in large pages. And torch keeps a compiled product of each shape it has met, half a megabyte for bf16:
+packs of ever new lengths would fill up to a gigabyte with products that never come again, so fewer are kept. The
+variables are read when a process starts, so the program executes itself again.
 
 Nothing is done where it could not help or is not wanted: other systems than Linux with glibc, a variable that the user
 has set, `--no-tune-runtime`.
@@ -24,12 +26,14 @@ from finerank.errors import ConfigError
 MARK = "FINERANK_RUNTIME_TUNED"
 """Set in the process that was started anew, so that it happens once."""
 
-ALLOCATOR = {
+ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",  # large blocks come from the heap, which can be kept ...
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # ... and is never given back
     "MALLOC_TOP_PAD_": str(64 << 20),
     "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages for its tensors ...
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # ... and the heap for itself, from glibc 2.35 on
+    "LRU_CACHE_CAPACITY": "128",  # products that torch keeps for each thread (1024 by default): those of one pack
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",  # ... and oneDNN for all: those of very long sequences, too
 }
 
 
@@ -68,7 +72,7 @@ def wanted_environment(environment: Mapping[str, str], *, num_threads: int | Non
         return {}
     changes: dict[str, str] = {}
     if not any(allocator in environment.get("LD_PRELOAD", "") for allocator in ("jemalloc", "tcmalloc", "mimalloc")):
-        changes |= ALLOCATOR
+        changes |= ENVIRONMENT
     threads = num_threads or usable_cpus()
     # torch takes every CPU of the affinity mask; a container's quota it does not see
     if num_threads is not None or threads < len(os.sched_getaffinity(0)):
