@@ -15,11 +15,10 @@ SPANS = make_spans(BORDERS)
 TREE = make_spans([0, 6, 16, 19, 20, 37, 45, 50], [-1, 0, -1, 1, 0, 2, 1])  # prompts of 6, 6 + 10 and 3 tokens
 
 
-@pytest.fixture(autouse=True, params=[(4, 512), (4, 8), (8, 0), (128, 512)], ids=str)
+@pytest.fixture(autouse=True, params=[4, 8, 128], ids=str)
 def small_blocks(request, monkeypatch):
-    """Blocks of a few queries, so that sequences have several; with kept and with recomputed probabilities."""
-    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", request.param[0])
-    monkeypatch.setattr(blocks, "KEEP_PROBABILITIES_TO", request.param[1])
+    """Blocks of a few queries, so that sequences have several."""
+    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", request.param)
 
 
 def inputs(dtype=torch.float64, heads=4, key_heads=2, size=5, borders=BORDERS):
@@ -104,9 +103,7 @@ def test_memory_kept_grows_with_tokens_not_with_their_square():
             block_attention(*inputs(torch.float32, borders=[0, length]), make_spans([0, length]), scaling=0.3)
         return total / length
 
-    limit = blocks.KEEP_PROBABILITIES_TO
-    assert kept(2048) == kept(1024)
-    assert kept(1024) <= kept(8) + 4 * max(limit, 512)
+    assert kept(2048) == kept(1024) == kept(8)
 
 
 def by_formula_of_a_tree(q, k, v, spans: list[Span], scaling, window=None):

@@ -1,13 +1,13 @@
 """Causal attention of packed sequences by plain batched matrix products, block by block of queries; for CPUs.
 
-torch's CPU flash kernel keeps no probabilities and computes them again in its backward pass. Forward and backward
-together it took 2.1 to 3.2 times as long as this one in bf16, and 1.2 to 1.6 times in fp32 (sequences of 128 to 2,048
-tokens, 9 query and 3 key-value heads of 64, on two Zen 4 cores). Here
+torch's CPU flash kernel is slow in its backward pass: forward and backward together it took 2.1 to 3.2 times as long as
+this one in bf16, and 1.2 to 1.6 times in fp32 (sequences of 128 to 2,048 tokens, 9 query and 3 key-value heads of 64,
+on two Zen 4 cores; measured with probabilities kept). Here
 
 - a block of queries meets only the keys that it may see, so little is computed to be masked;
 - query heads that share a key-value head are one matrix, and keys are repeated for no head;
-- probabilities are kept for backward, unless the sequence is so long that they would dominate the memory: then each
-  block's are computed again.
+- no probabilities are kept for backward, each block's are computed again: in a whole step that took no time that could
+  be measured, and the memory of a token does not depend on the length of its sequence.
 
 In bf16 the scores are rounded to bf16 before the softmax, as transformers' `eager` attention does.
 
@@ -25,8 +25,6 @@ from torch import Tensor
 from finerank.models.spans import Span
 
 QUERIES_PER_BLOCK = 128
-KEEP_PROBABILITIES_TO = 512
-"""Longest sequence whose probabilities are kept: H * 512 numbers a token at most."""
 
 
 def block_attention(
@@ -56,7 +54,6 @@ class _Block:
     end: int
     at: int
     first: int
-    keeps: bool
 
     @property
     def queries(self) -> slice:
@@ -72,7 +69,7 @@ def _blocks(span: Span, window: int | None) -> Iterator[_Block]:
         at = span.num_before + start - span.start
         first = 0 if window is None else max(0, at - window + 1)
         end = min(start + QUERIES_PER_BLOCK, span.end)
-        yield _Block(start, end, at, first, span.length <= KEEP_PROBABILITIES_TO)
+        yield _Block(start, end, at, first)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -86,8 +83,6 @@ class _BlockAttention(torch.autograd.Function):
         out_THK = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         out_GHTK = _by_key_head(out_THK.transpose(0, 1), key.shape[0])
         query_GHTK = _by_key_head(query, key.shape[0])
-        keep = any(ctx.needs_input_grad[:3])
-        kept = []
         for span in spans:
             key_GLK, value_GLK = span.seen(key, 1), span.seen(value, 1)
             for block in _blocks(span, window):
@@ -96,16 +91,13 @@ class _BlockAttention(torch.autograd.Function):
                 out_GHTK[:, :, block.queries] = torch.bmm(p_GMu, value_GLK[:, block.keys]).view_as(
                     out_GHTK[:, :, block.queries]
                 )
-                if keep and block.keeps:
-                    kept.append(p_GMu)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value)
         ctx.spans, ctx.window = spans, window
         return out_THK
 
     @staticmethod
     def backward(ctx: Any, dout_THK: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        query, key, value, *kept = ctx.saved_tensors
-        probabilities = iter(kept)
+        query, key, value = ctx.saved_tensors
         mask = _Mask(query, ctx.window)
         query_GHTK = _by_key_head(query, key.shape[0])
         dout_GHTK = _by_key_head(dout_THK.transpose(0, 1), key.shape[0])
@@ -117,7 +109,7 @@ class _BlockAttention(torch.autograd.Function):
             for block in _blocks(span, ctx.window):
                 q_GMK = query_GHTK[:, :, block.queries].flatten(1, 2)
                 dout_GMK = dout_GHTK[:, :, block.queries].flatten(1, 2)
-                p_GMu = next(probabilities) if block.keeps else _probabilities(q_GMK, key_GLK, block, mask)
+                p_GMu = _probabilities(q_GMK, key_GLK, block, mask)
                 dp_GMu = torch.bmm(dout_GMK, value_GLK[:, block.keys].transpose(1, 2))
                 ds_GMu = torch._softmax_backward_data(dp_GMu, p_GMu, -1, p_GMu.dtype)
                 dquery_GHTK[:, :, block.queries] = torch.bmm(ds_GMu, key_GLK[:, block.keys]).view_as(
