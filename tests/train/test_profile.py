@@ -87,10 +87,11 @@ def test_a_run_writes_its_profile(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     out = tmp_path / "out"
     command = f"tune --load {tmp_path}/base --data-path {tmp_path}/rows.json --output-dir {out} --batch-size 4"
-    assert main([*command.split(), "--profile", "--profile-steps", "2", "--no-tune-runtime"]) == 0
+    assert main([*command.split(), "--lora-r", "2", "--profile", "--profile-steps", "2", "--no-tune-runtime"]) == 0
     found = json.loads((out / "profile.json").read_text())
     assert set(found["parts"]) == set(PARTS) and found["tokens"] > 0
     assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=0.02)
+    assert found["parts"]["low-rank products"] > 0 and found["parts"]["base matrix products"] > 0
     assert found["memory"]["kept for backward (largest micro-batch)"] > 0
     assert (out / "profile.png").read_bytes().startswith(b"\x89PNG") and (out / "profile.md").is_file()
     assert "profile: " in capsys.readouterr().err

@@ -104,7 +104,7 @@ class StepProfiler:
     @classmethod
     def of_loop(cls, loop: TrainLoop, *, num_steps: int) -> "StepProfiler":
         """Watch a loop that is about to run."""
-        ranks = [p.shape[0] for name, p in loop.named_parameters.items() if name.endswith("lora_A")]
+        ranks = [p.shape[0] for name, p in loop.named_parameters.items() if ".lora_A" in name]
         profiler = cls(
             loop.model,
             num_steps=num_steps,
