@@ -6,8 +6,8 @@
 
 Every contestant is a process of its own. All load first; then each takes its first step, then each its second, and so
 on, so that whatever else happens on the machine happens to all of them. The ratio is taken step by step over the same
-rows, and its median reported; steps of warm-up are not counted. After the last step each one computes the loss on the same
-held-out rows with transformers alone. Prints a table, and writes it with all single times to --output.
+rows, and its median reported; steps of warm-up are not counted. After the last step each one computes the loss on the
+same held-out rows with transformers alone. Prints a table, and writes it with all single times to --output.
 """
 
 import argparse
