@@ -75,8 +75,8 @@ SETUPS = {
     "finerank-in-turn": Setup(
         "finerank, bf16, --micro-batches-at-once 1", "finerank_tune.py", ("--at-once", "1"), ENVIRONMENT
     ),
-    "finerank-roomy": Setup(
-        "finerank, bf16, --micro-batch-tokens 4096", "finerank_tune.py", ("--tokens", "4096"), ENVIRONMENT
+    "finerank-halves": Setup(
+        "finerank, bf16, --micro-batch-tokens 1024", "finerank_tune.py", ("--tokens", "1024"), ENVIRONMENT
     ),
     "finerank-apart": Setup(
         "finerank, bf16, --no-share-prompts", "finerank_tune.py", ("--share-prompts", "0"), ENVIRONMENT

@@ -12,6 +12,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, s
 Shapes: I in_features, O out_features, R rank.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -155,12 +156,13 @@ class SharedInput:
     """Layers that a model calls one after the other with the same input: the first call computes all of them.
 
     Whether the input is the same is checked at each call (the same tensor object, unchanged since), so a model that
-    does otherwise gets right results: the group then falls apart into single layers.
+    does otherwise gets right results: the group then falls apart into single layers. Threads that compute micro-batches
+    side by side have outputs of their own here.
     """
 
     def __init__(self, layers: Sequence[LoRALinear]):
         self.layers = tuple(layers)
-        self._ready: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        self._ready: dict[int, tuple[Tensor, int, dict[int, Tensor]]] = {}  # by thread; input, its version, outputs
         for layer in layers:
             layer.shared_input = self
 
@@ -169,19 +171,19 @@ class SharedInput:
         if layer is self.layers[0]:
             outputs = apply_lora(self.layers, x)
             rest = {id(other): y for other, y in zip(self.layers[1:], outputs[1:], strict=True)}
-            self._ready = (x, x._version, rest)
+            self._ready[threading.get_ident()] = (x, x._version, rest)
             return outputs[0]
-        ready = self._ready
+        ready = self._ready.get(threading.get_ident())
         if ready is None or ready[0] is not x or ready[1] != x._version or id(layer) not in ready[2]:
             self.dissolve()
             return layer(x)
         y = ready[2].pop(id(layer))
         if not ready[2]:
-            self._ready = None  # let go of the input
+            del self._ready[threading.get_ident()]  # let go of the input
         return y
 
     def dissolve(self) -> None:
         """Make the layers compute alone from now on."""
-        self._ready = None
+        self._ready.clear()
         for layer in self.layers:
             layer.shared_input = None

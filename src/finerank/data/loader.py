@@ -218,8 +218,7 @@ def _packs(dataset: Samples, rows: Sequence[int], settings: BatchSettings, most:
     own_lengths = [sum(len(own.ids) - once for own in sample) for sample in samples]
     batches = []
     at_once = settings.micro_batches_at_once or 1
-    capacity = settings.micro_batch_tokens // at_once - once
-    for pack in even_fit(own_lengths, capacity, most=most, multiple_of=at_once):
+    for pack in even_fit(own_lengths, settings.micro_batch_tokens - once, most=most, multiple_of=at_once):
         own_rows = [rows[i] for i in pack]
         batches.append(_packed(own_rows, [samples[i] for i in pack], _reference(dataset, own_rows), share=share))
     return batches

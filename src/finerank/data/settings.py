@@ -60,13 +60,11 @@ class BatchSettings:
         help="most samples per forward pass; packed: as many as fit the token budget, padded: 1; "
         "auto: the most that memory holds (packed: sets --micro-batch-tokens)",
     )
-    micro_batch_tokens: int = setting(
-        2048, help="token budget of the packed micro-batches computed at once; never below the longest sample"
-    )
+    micro_batch_tokens: int = setting(2048, help="token budget of a packed micro-batch; never below the longest sample")
     micro_batches_at_once: int | None = setting(
         None,
-        help="CPU: packed micro-batches computed side by side, each with its share of the threads and of the budget; "
-        "not given: 2 where the method allows it",
+        help="CPU: packed micro-batches computed side by side, each with its share of the threads; "
+        "not given: 2 where the method allows it, 1 needs less memory",
     )
     pack: bool = setting(True, help="pack samples without attention between them")
     share_prompts: bool | None = setting(

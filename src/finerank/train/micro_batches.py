@@ -129,7 +129,7 @@ def choose_at_once(
     Args:
         settings: of the run.
         model: what is trained.
-        longest: tokens of the longest sample; one that needs a whole budget leaves no room beside it.
+        longest: tokens of the longest sample; one over the budget is to be alone.
         loss_function: of the run.
 
     Raises:
@@ -145,7 +145,7 @@ def choose_at_once(
         if obstacle:
             raise ConfigError(f"--micro-batches-at-once {wanted} is not possible: {obstacle}; leave it out.")
         return wanted
-    has_room = 2 * longest <= settings.micro_batch_tokens
+    has_room = longest <= settings.micro_batch_tokens
     return 2 if obstacle is None and has_room and torch.get_num_threads() >= 2 else 1
 
 
@@ -155,7 +155,7 @@ def _obstacle(settings: AtOnceSettings, model: PreTrainedModel, loss_function: L
     kinds = [rope.get("rope_type"), *(own.get("rope_type") for own in rope.values() if isinstance(own, dict))]
     found = {
         f"the model is on {model.device.type}, not on the CPU": model.device.type != "cpu",
-        "with --no-pack micro-batches have no common budget": not settings.pack,
+        "with --no-pack micro-batches have no budget": not settings.pack,
         "--micro-batch-size auto gives one micro-batch all memory": settings.micro_batch_size == "auto",
         "dropout draws its random numbers in one order": settings.lora_dropout > 0
         or getattr(text_config, "attention_dropout", 0.0) > 0,
