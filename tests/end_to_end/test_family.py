@@ -101,7 +101,9 @@ def test_from_rows_to_a_merged_model(bases: Path, rows: Path, tmp_path: Path, ki
     file = "adapter_model.safetensors"
     assert sha256_file(run / file) == sha256_file(tmp_path / "again" / file)
 
-    ours = logits(load_generator(GeneratorSettings(load=str(run), dtype="fp32", device="cpu")).model)
+    # PEFT has the base as it came, a 4-bit run's generator would quantise it
+    own = GeneratorSettings(load=str(run), dtype="fp32", device="cpu", base_precision="original")
+    ours = logits(load_generator(own).model)
     plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if ours.shape[-1] > plain.vocab_size:
         plain.resize_token_embeddings(ours.shape[-1], mean_resizing=False)
