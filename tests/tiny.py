@@ -10,11 +10,14 @@ and a test that compares outputs would not see a wrong mask.
 """
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -132,3 +135,20 @@ def save_tiny(folder: Path, family: str = "llama", *, chat_template: bool = True
     tiny_model(family, **overrides).save_pretrained(folder)
     tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+def save_broken(folder: Path, base: Path, *, weight: str, at: tuple[int, int]) -> Path:
+    """A copy of a saved model with infinity at one place of a weight; returns the folder."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[weight][at] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_say_rows(path: Path, *, before: str = "") -> Path:
+    """40 instruction rows of a task that a tiny model learns: say a word, with `before` before it; returns the path."""
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
+    made = [{"instruction": f"Say {words[i % 8]}.", "output": f"{before}{words[i % 8]} {i // 8}"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path

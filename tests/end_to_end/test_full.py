@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from finerank import cli
 from finerank.files import sha256_file
-from tiny import save_tiny
+from tiny import save_broken, save_tiny, write_say_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,11 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
-    made = [{"instruction": f"Say {words[i % 8]}.", "output": f"{words[i % 8]} {i // 8}"} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return path
+    return write_say_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:
@@ -179,11 +175,7 @@ def test_plain_text(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_broken_step_is_replayed(base: Path, rows: Path, tmp_path: Path, capsys) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(base, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("inf")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = save_broken(tmp_path / "broken", base, weight="model.layers.2.mlp.up_proj.weight", at=(0, 0))
     run = tmp_path / "run"
     assert tune(broken, rows, run, "--dtype", "bf16", "--no-pack", "--eval-iters", "1", "--train-iters", "2") == 4
     replay = run / "nonfinite-step-1.safetensors"

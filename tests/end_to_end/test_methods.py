@@ -11,7 +11,7 @@ from finerank import cli, config
 from finerank.files import sha256_file
 from finerank.generate.load import load_generator
 from finerank.recipes import generate
-from tiny import save_tiny
+from tiny import save_tiny, write_say_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,11 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
-    made = [{"instruction": f"Say {words[i % 8]}.", "output": f"{words[i % 8]} {i // 8}"} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return path
+    return write_say_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 def tune(base: Path, rows: Path, run: Path, *flags: str) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from finerank import cli
 from finerank.files import sha256_file
 from finerank.train import reference
-from tiny import save_tiny
+from tiny import save_broken, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,13 +153,7 @@ def test_from_pairs_to_a_merged_model(base: Path, pairs: Path, tmp_path: Path, c
 
 
 def test_a_broken_step_over_pairs_is_replayed(base: Path, pairs: Path, tmp_path: Path, capsys) -> None:
-    import safetensors.torch
-
-    broken = tmp_path / "broken"
-    shutil.copytree(base, broken)
-    tensors = safetensors.torch.load_file(broken / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("inf")
-    safetensors.torch.save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = save_broken(tmp_path / "broken", base, weight="model.layers.2.mlp.up_proj.weight", at=(0, 0))
     run = tmp_path / "run"
     flags = ["--stage", "dpo", "--pref-loss", "orpo", "--train-iters", "2", "--no-pack"]
     assert tune(broken, pairs, run, *flags, held_out=0) == 4

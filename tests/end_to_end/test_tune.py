@@ -11,6 +11,7 @@ import yaml
 
 from finerank import cli
 from finerank.files import sha256_file
+from tiny import save_broken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,15 +161,7 @@ def test_other_rows_are_refused_when_resuming(tmp_path: Path, tiny_folder: Path,
 
 
 def test_a_broken_model_is_traced_and_replayed(tmp_path: Path, tiny_folder: Path, rows: Path, capsys) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_folder, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("inf")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = save_broken(tmp_path / "broken", tiny_folder, weight="model.layers.1.mlp.down_proj.weight", at=(3, 5))
     run = tmp_path / "run"
     assert tune(broken, rows, run, "--train-iters", "2", "--no-pack") == 4
     said = capsys.readouterr().err
