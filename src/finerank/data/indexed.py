@@ -9,6 +9,7 @@ number of document boundaries M, N x int32 lengths in tokens, N x int64 byte off
 """
 
 import contextlib
+import mmap
 import os
 import shutil
 import struct
@@ -190,3 +191,14 @@ class IndexedFile:
             raise broken("the document boundaries do not span the sequences")
         if (np.diff(boundaries) < 0).any():
             raise broken("the document boundaries are not in order")
+
+
+def let_go(*arrays: np.ndarray) -> None:
+    """Give the pages of mapped files back to the system; what is needed again comes from its cache of files.
+
+    Else a process that has gone through its data holds all of it. No tokens change, and plain arrays stay as they are.
+    """
+    for values in arrays:
+        mapped = getattr(values, "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            mapped.madvise(mmap.MADV_DONTNEED)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finerank.data.indexed import IndexedFile
+from finerank.data.indexed import IndexedFile, let_go
 from finerank.data.types import IGNORE_INDEX
 
 BLOCK_TOKENS = 1 << 20
@@ -54,6 +54,7 @@ def read_samples(
         before = int(ends[first]) - int(ids.lengths[first])
         last = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
         yield _read_block(ids, labels, mask, slice(first, last), vocab_size, digest)
+        let_go(*(file.values for file in (ids, labels, mask) if file is not None))
         first = last
 
 

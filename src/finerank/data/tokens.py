@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finerank.data.indexed import let_go
 from finerank.data.truncate import cut_sample
 from finerank.data.types import IGNORE_INDEX
+
+_READS_KEPT = 4
+"""Samples read before mapped pages are given back: for one of them Linux may map 2 MiB of each of two files.
+
+Giving back at each fourth costs 12 microseconds a sample."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class TokenDataset:
         self._sources = list(sources)
         self._source, self._id_starts, self._label_starts = source, id_starts, label_starts
         self._stored = stored_lengths
-        self._longest = longest
+        self._longest, self._num_read = longest, 0
         self.lengths = np.minimum(stored_lengths, longest)
         self.trained_lengths = self._count_trained() if trained_lengths is None else trained_lengths
         self.digest = digest
@@ -99,6 +105,9 @@ class TokenDataset:
         )
 
     def _pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        self._num_read += 1
+        if self._num_read % _READS_KEPT == 0:
+            let_go(*(array for each in self._sources for array in (each.ids, each.labels)))
         source = self._sources[self._source[i]]
         stored = int(self._stored[i])
         ids = source.ids[self._id_starts[i] : self._id_starts[i] + stored].astype(np.int32)
@@ -125,9 +134,11 @@ def count_trained(labels: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -
         if high - low > 4 * int(lengths[block].sum()) + 4096:  # scattered: reading the whole range would not pay
             pairs = zip(starts[block], lengths[block], strict=True)
             counts[block] = [int((labels[s + 1 : s + n] != IGNORE_INDEX).sum()) for s, n in pairs]
+            let_go(labels)
             continue
         before = np.zeros(high - low + 1, np.int64)
         np.cumsum(labels[low:high] != IGNORE_INDEX, out=before[1:])
         first = np.minimum(starts[block] + 1, starts[block] + lengths[block]) - low
         counts[block] = before[starts[block] + lengths[block] - low] - before[first]
+        let_go(labels)
     return counts
