@@ -13,7 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from finerank import cli
-from finerank.adapters.lu_lora import LocalLearning
+from finerank.adapters.local_learning import LocalLearning
 from finerank.errors import ModelError, StorageError
 from finerank.files import sha256_file
 from finerank.train import boundary_cache, held_out

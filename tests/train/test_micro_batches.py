@@ -22,7 +22,6 @@ from finerank.models.attention import use_packed_attention
 from finerank.models.fused.fuse import fuse
 from finerank.train.held_out import batch_loss_sum
 from finerank.train.micro_batches import SideBySide, backward_of, choose_at_once, in_turn
-from finerank.train.pair_loss import PairLoss
 
 
 class Rows:
@@ -127,8 +126,7 @@ def test_a_stop_waits_for_what_is_being_computed(one_thread: None) -> None:
 
 def settings(**changes):
     values = {"micro_batches_at_once": None, "micro_batch_size": None, "micro_batch_tokens": 2048, "pack": True}
-    values |= {"lora_dropout": 0.0, "lu_lora_final_layer_index": None, "load_4bit": False, "load_8bit": False}
-    return SimpleNamespace(**values | {"profile": False, "method": "lora"} | changes)
+    return SimpleNamespace(**values | {"profile": False, "method": "lora", "lora_dropout": 0.0} | changes)
 
 
 OBSTACLES = {
@@ -136,8 +134,6 @@ OBSTACLES = {
     "no budget": {"pack": False},
     "auto": {"micro_batch_size": "auto"},
     "random numbers": {"lora_dropout": 0.1},
-    "local layers": {"lu_lora_final_layer_index": 1},
-    "one buffer": {"load_4bit": True},
     "masters": {"method": "full"},
 }
 
@@ -145,7 +141,7 @@ OBSTACLES = {
 def test_how_many_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, _ = model_and_parameters(torch.float32)
-    how = {"longest": 2048, "loss_function": batch_loss_sum}
+    how = {"longest": 2048}
     assert choose_at_once(settings(), model, **how) == 2
     assert choose_at_once(settings(), model, **how | {"longest": 2049}) == 1
     assert choose_at_once(settings(micro_batches_at_once=3), model, **how | {"longest": 2049}) == 3
@@ -156,7 +152,6 @@ def test_how_many_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_at_once(settings(micro_batches_at_once=2, **changes), model, **how)
     with pytest.raises(ConfigError, match="must be at least 1, not 0"):
         choose_at_once(settings(micro_batches_at_once=0), model, **how)
-    assert choose_at_once(settings(), model, **how | {"loss_function": object.__new__(PairLoss)}) == 1
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
     assert choose_at_once(settings(), model, **how) == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -2,12 +2,10 @@
 
     adapters = inject_adapters(model, settings, seed=1234)                     # --lu-lora-final-layer-index K
     local = start_local_learning(adapters, settings, lr=2e-4, seed=1234, passes=...)
-    local.begin_step(step); ...forward and backward of the micro-batches...; optimizer.step()
-    local.apply_local_update(lr_factor=1.0)
+    ...see `adapters.local_learning`...
 
 Layers 0 to K are local. Their adapters run without a graph, so no activation is kept and no gradient flows below layer
-K + 1. `forward` only gathers what the rule needs; it never learns. A rule that asks for the error gets the gradient of
-the hidden state that leaves layer K, taken on the backward pass of each micro-batch. Evaluation gathers nothing.
+K + 1.
 
 Rules are in `adapters/local_rules`. All that they learn is in the factors (fp32), so checkpoints need nothing else. A
 rule may look at the run's first rows before it starts (`passes`); the forward passes for that end at layer K.
@@ -23,11 +21,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from finerank import registry
 from finerank.adapters.initial import Pass
+from finerank.adapters.local_learning import LocalLearning
 from finerank.adapters.local_rules._rule import LocalRule
 from finerank.adapters.lora import LoRALinear
 from finerank.adapters.low_rank import weight_OI
@@ -172,86 +170,6 @@ def _can_learn(model: nn.Module, name: str, settings: LocalSettings) -> bool:
 def _base_of(model: nn.Module, name: str) -> nn.Module:
     module = model.get_submodule(name)
     return module.base_layer if isinstance(module, LoRALinear) else module
-
-
-class LocalLearning:
-    """The local layers of one model during a run."""
-
-    def __init__(
-        self,
-        rule: LocalRule,
-        parameters: set[nn.Parameter],
-        *,
-        lr_a: float,
-        lr_b: float,
-        freeze_after: int | None,
-        layers: Sequence[nn.Module] = (),
-    ):
-        """
-        Args:
-            rule: over the local linears.
-            parameters: factors of all local layers.
-            lr_a: peak learning rate of `lora_A`, for rules that apply it themselves.
-            lr_b: the same of `lora_B`, in the last local layer.
-            freeze_after: optimizer steps after which nothing local learns any more; None for never.
-            layers: decoder layers 0 to K.
-        """
-        self.rule, self.parameters, self.freeze_after = rule, parameters, freeze_after
-        self.lr_a, self.lr_b, self.layers = lr_a, lr_b, list(layers)
-        self.is_learning, self._saw_training = False, False
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether layers 0 to K compute the same from this step to the end of the run."""
-        return not (self.is_learning and self.rule.layers)
-
-    def begin_step(self, step: int) -> None:
-        """Forget what an interrupted step gathered. `step`: optimizer steps finished so far."""
-        self.is_learning = self.freeze_after is None or step < self.freeze_after
-        self._saw_training = False
-        self.rule.begin_step(step)
-
-    def apply_local_update(self, *, lr_factor: float) -> None:
-        """Learn from what the step's micro-batches gathered.
-
-        Args:
-            lr_factor: the schedule's share of the peak learning rate.
-
-        Raises:
-            AdapterError: the local layers were never run with gradients on, as under recomputation of all layers.
-        """
-        if self.is_learning and self.rule.layers:
-            if not self._saw_training:
-                raise AdapterError(
-                    "LU-LoRA: no local layer saw a training pass in this step, as when all layers are recomputed; turn "
-                    "recomputation off, or leave --lu-lora-final-layer-index away."
-                )
-            self.rule.update(lr_a=self.lr_a * lr_factor, lr_b=self.lr_b * lr_factor)
-
-    def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
-        """A local linear's output; in training it is also shown to the rule. Dropout is not applied."""
-        is_taught = self.is_learning and layer.training and torch.is_grad_enabled()
-        with torch.no_grad():
-            u = F.linear(x, (layer.lora_A * layer.scale).to(x.dtype))
-            if is_taught:
-                self._saw_training = True
-                self.rule.gather(layer, x, u)
-            y = F.linear(x, weight_OI(layer.base_layer), layer.bias)
-            y.flatten(0, -2).addmm_(u.flatten(0, -2), layer.lora_B.to(x.dtype).T)
-            return y
-
-    def at_boundary(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
-        """Forward hook of layer K: cut the graph, and ask for the error where the rule needs it."""
-        if not (module.training and torch.is_grad_enabled()):
-            return None
-        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-        # captured here, so that micro-batches whose backward passes come later and interleaved keep their own
-        signals = self.rule.take_signals()
-        if not signals:
-            return None
-        hidden = hidden.detach().requires_grad_(True)
-        hidden.register_hook(lambda error: self.rule.receive(error, signals))
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def start_local_learning(

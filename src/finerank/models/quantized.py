@@ -7,8 +7,8 @@
 
 Weights are quantised tensor by tensor while they are read, so the whole model is never in memory in 16 bits. Products
 are computed in the activations' precision from a weight that is dequantised for that one product, forward and
-backward, into a buffer that all linears share; no second copy is kept. Nothing but the linear knows: adapters see
-`dequantized_weight()` and `product_weight()`. The numbers are in `models.packed`.
+backward, into a buffer that all linears of a thread share; no second copy is kept. Nothing but the linear knows:
+adapters see `dequantized_weight()` and `product_weight()`. The numbers are in `models.packed`.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, sections 3 and 4.
 

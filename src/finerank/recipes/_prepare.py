@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.files import brings_tokens
-from finerank.adapters.lu_lora import LocalLearning
+from finerank.adapters.local_learning import LocalLearning
 from finerank.checkpoints.native import Checkpoint
 from finerank.data.dataset import Splits, load_splits
 from finerank.data.loader import BatchPlan
@@ -68,7 +68,7 @@ def prepare(settings: "Settings", folder: Path, *, say: Callable[[str], None]) -
     template = load_template(settings, loaded.tokenizer)
     splits = load_splits(settings, loaded.tokenizer, template, seed=settings.seed)
     longest = int(splits.train.lengths.max(initial=0))
-    at_once = choose_at_once(settings, loaded.model, longest=longest, loss_function=loss_function)
+    at_once = choose_at_once(settings, loaded.model, longest=longest)
     settings = dataclasses.replace(settings, micro_batches_at_once=at_once)
     base_loss = _base_loss(settings, loaded, splits, pad) if loss_function is batch_loss_sum else None
     num_base_weights = num_weights(loaded.model)

@@ -12,18 +12,19 @@ A row has its own place, token by token, so packs may be made of other rows each
 The states are kept in the model's own precision and are therefore the very bits that the layers would give; what is
 used is always what was stored. Each row carries a checksum: a killed run goes on with what it had written, and a row
 that was half written or damaged is computed again. Everything belongs to one key (rows, base, K, local factors); with
-another key the cache starts empty. Evaluation computes all layers.
+another key the cache starts empty. Evaluation computes all layers. Threads that compute micro-batches side by side use
+the cache at the same time: rows have places of their own, and so have the threads' micro-batches.
 """
 
-import contextlib
 import hashlib
 import logging
 import math
 import mmap
 import os
 import shutil
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finerank.adapters.lu_lora import LocalLearning
+from finerank.adapters.local_learning import LocalLearning
 from finerank.adapters.settings import LocalSettings
 from finerank.data.batch import Batch
 from finerank.data.pairs import PairDataset
@@ -164,6 +165,15 @@ def describe_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+class _InWork(threading.local):
+    """The micro-batch that a thread computes."""
+
+    new: tuple[Batch, dict[int, Tensor | None]] | None = None
+    """One with rows that are to be stored, and the hidden states of the others."""
+    hidden: Tensor | None = None
+    """What leaves the local layers, where they are skipped."""
+
+
 class BoundaryCache:
     """Runs micro-batches of training with or without the local layers, and keeps what leaves them.
 
@@ -198,27 +208,30 @@ class BoundaryCache:
         _refuse_dropout(model)
         self._gives_tuple, hidden_size = _probe(model, local.layers[-1])
         self.file = HiddenFile(folder, lengths, hidden_size=hidden_size, dtype=model.dtype)
-        self._is_open = False
-        self._batch: Batch | None = None
-        self._stored: dict[int, Tensor | None] = {}
+        self._is_open, self._opening = False, threading.Lock()
+        self._in_work = _InWork()
         local.layers[-1].register_forward_hook(self._at_boundary)
+        for layer in local.layers:
+            layer.forward = self._skippable(layer)  # type: ignore[method-assign]
 
     def loss_function(self, model: Any, batch: Batch) -> Tensor:
         """The same loss as `loss_function`, without the local layers where their output is stored."""
         if not (model.training and torch.is_grad_enabled() and self.local.is_fixed):
             return self.inner(model, batch)
-        if not self._is_open:
-            self._open()
+        with self._opening:
+            if not self._is_open:
+                self._open()
         stored = {row: self.file.read(row) for row in batch.rows}
         self.file.release()
-        if all(hidden is not None for hidden in stored.values()):
-            with self._skipped(self._assembled(batch, stored)):
-                return self.inner(model, batch)
-        self._batch, self._stored = batch, stored
+        now = self._in_work
         try:
+            if all(hidden is not None for hidden in stored.values()):
+                now.hidden = self._assembled(batch, stored)
+            else:
+                now.new = batch, stored
             return self.inner(model, batch)
         finally:
-            self._batch, self._stored = None, {}
+            now.new = now.hidden = None
 
     def remove(self) -> None:
         """Delete the files; the run is done."""
@@ -235,9 +248,9 @@ class BoundaryCache:
 
     def _at_boundary(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """Store the rows that are new, and go on with what is stored for the others."""
-        if self._batch is None:
+        if self._in_work.new is None:
             return None
-        batch, stored = self._batch, self._stored
+        batch, stored = self._in_work.new
         hidden = (output[0] if self._gives_tuple else output).detach()
         for row, (b, span) in zip(batch.rows, self._places(batch), strict=True):
             if stored[row] is None:
@@ -264,27 +277,17 @@ class BoundaryCache:
     def _output(self, hidden: Tensor) -> Any:
         return (hidden,) if self._gives_tuple else hidden
 
-    @contextlib.contextmanager
-    def _skipped(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, layers 0 to K - 1 hand on what they get and layer K gives `hidden`."""
+    def _skippable(self, layer: nn.Module) -> Callable[..., Any]:
+        """The layer's forward. Where its micro-batch is stored, it hands on its input, the last one what is stored."""
+        computed, is_last = layer.forward, layer is self.local.layers[-1]
 
-        def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            return self._output(hidden_states)
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            hidden = self._in_work.hidden
+            if hidden is None:
+                return computed(hidden_states, *args, **kwargs)
+            return self._output(hidden if is_last else hidden_states)
 
-        def give(*_args: Any, **_kwargs: Any) -> Any:
-            return self._output(hidden)
-
-        before = [layer.__dict__.get("forward") for layer in self.local.layers]
-        try:
-            for layer in self.local.layers[:-1]:
-                layer.forward = hand_on  # type: ignore[method-assign]
-            self.local.layers[-1].forward = give  # type: ignore[method-assign]
-            yield
-        finally:
-            for layer, own in zip(self.local.layers, before, strict=True):
-                del layer.forward
-                if own is not None:  # someone else had put it there
-                    layer.forward = own  # type: ignore[method-assign]
+        return forward
 
 
 def start_boundary_cache(

@@ -278,6 +278,8 @@ class TrainLoop:
 
     def _forward(self, i: int, batch: Batch) -> Tensor:
         seed_everything(*self._seed(i))
+        if self.local is not None:
+            self.local.begin_micro_batch(i)
         return self.loss_function(self.model, batch.to(self.device))
 
     def _seed(self, micro_batch: int) -> tuple[int, int, int]:

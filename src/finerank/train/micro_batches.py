@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from finerank.data.batch import Batch
 from finerank.errors import ConfigError
-from finerank.train.held_out import LossFunction, MeasuredLoss
 from finerank.train.memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -115,22 +114,16 @@ class AtOnceSettings(Protocol):
     pack: bool
     method: str
     lora_dropout: float
-    lu_lora_final_layer_index: int | None
-    load_4bit: bool
-    load_8bit: bool
     profile: bool
 
 
-def choose_at_once(
-    settings: AtOnceSettings, model: PreTrainedModel, *, longest: int, loss_function: LossFunction
-) -> int:
+def choose_at_once(settings: AtOnceSettings, model: PreTrainedModel, *, longest: int) -> int:
     """The value of `--micro-batches-at-once`, or the best one where it is not given.
 
     Args:
         settings: of the run.
         model: what is trained.
         longest: tokens of the longest sample; one over the budget is to be alone.
-        loss_function: of the run.
 
     Raises:
         ConfigError: more than one asked for, and not possible.
@@ -140,7 +133,7 @@ def choose_at_once(
         raise ConfigError(f"--micro-batches-at-once must be at least 1, not {wanted}.")
     if wanted == 1:
         return 1
-    obstacle = _obstacle(settings, model, loss_function)
+    obstacle = _obstacle(settings, model)
     if wanted is not None:
         if obstacle:
             raise ConfigError(f"--micro-batches-at-once {wanted} is not possible: {obstacle}; leave it out.")
@@ -149,7 +142,7 @@ def choose_at_once(
     return 2 if obstacle is None and has_room and torch.get_num_threads() >= 2 else 1
 
 
-def _obstacle(settings: AtOnceSettings, model: PreTrainedModel, loss_function: LossFunction) -> str | None:
+def _obstacle(settings: AtOnceSettings, model: PreTrainedModel) -> str | None:
     text_config = model.config.get_text_config()
     rope: dict[str, object] = getattr(text_config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type"), *(own.get("rope_type") for own in rope.values() if isinstance(own, dict))]
@@ -160,10 +153,7 @@ def _obstacle(settings: AtOnceSettings, model: PreTrainedModel, loss_function: L
         "dropout draws its random numbers in one order": settings.lora_dropout > 0
         or getattr(text_config, "attention_dropout", 0.0) > 0,
         "with --method full backward itself hands gradients to the weights' masters": settings.method == "full",
-        "local layers learn from micro-batches in their order": settings.lu_lora_final_layer_index is not None,
-        "quantised weights are dequantised into one buffer": settings.load_4bit or settings.load_8bit,
         "--profile watches one thread": settings.profile,
-        "this loss measures micro-batches in their order": isinstance(loss_function, MeasuredLoss),
         "the model's rotary embedding changes with the positions it has seen": any(k in _GROWING_ROPE for k in kinds),
     }
     return next((words for words, is_so in found.items() if is_so), None)

@@ -5,11 +5,13 @@
     loss.measures()                        {"rewards/chosen": 0.12, ...}, means since `begin()`
 
 A batch of pairs has two sequences for each row, the chosen one first, so both answers of a pair go through the model
-together. Measures have TRL's names.
+together. Measures have TRL's names. They are summed exactly and rounded once, so that micro-batches may be measured in
+any order, by several threads too.
 
 Shapes: S sequences, P pairs.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class PairLoss(MeasuredLoss):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} has no effect with --pref-loss {settings.pref_loss}; leave it out."
                 )
-        self._sums, self._num_pairs = torch.zeros(len(MEASURES), dtype=torch.float64), 0
+        self.begin()
 
     @property
     def needs_reference(self) -> bool:
@@ -63,8 +65,7 @@ class PairLoss(MeasuredLoss):
             loss = loss - self.settings.pref_ftx * pairs.means()[0]
         chosen, rejected = found.chosen_reward.detach(), found.rejected_reward.detach()
         measured = (chosen, rejected, chosen - rejected, chosen > rejected, pairs.chosen, pairs.rejected)
-        self._sums = self._sums.to(loss.device) + torch.stack([m.detach().double().sum() for m in measured])
-        self._num_pairs += len(loss)
+        self._measured.append(torch.stack([m.detach().double().sum() for m in (*measured, torch.ones_like(loss))]))
         return loss.sum()
 
     def count(self, batch: Batch) -> int:
@@ -73,11 +74,18 @@ class PairLoss(MeasuredLoss):
 
     def begin(self) -> None:
         """Forget what was measured."""
-        self._sums, self._num_pairs = torch.zeros(len(MEASURES), dtype=torch.float64), 0
+        self._measured: list[Tensor] = []
 
     def measures(self) -> dict[str, float]:
         """Means over the pairs since `begin`."""
-        return dict(zip(MEASURES, (self._sums / max(self._num_pairs, 1)).tolist(), strict=True))
+        found = torch.stack(self._measured).tolist() if self._measured else [[0.0] * (len(MEASURES) + 1)]
+        *sums, num_pairs = (_exact_sum(values) for values in zip(*found, strict=True))
+        return {name: total / max(num_pairs, 1.0) for name, total in zip(MEASURES, sums, strict=True)}
+
+
+def _exact_sum(values: tuple[float, ...]) -> float:
+    """In whatever order; infinite or NaN where a value is."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def pairs_of(model: Any, batch: Batch) -> Pairs:

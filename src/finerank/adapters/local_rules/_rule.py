@@ -1,14 +1,16 @@
 """What every local rule owes.
 
-Within an optimizer step `gather` is called by each local linear of each micro-batch, `receive` once for each
-micro-batch on its way back (where the rule asks for the error), and `update` once at the end. Everything in between is
-kept as sums that are linear in the data, so that data-parallel ranks can average them.
+Within an optimizer step `gather` is called by each local linear of each micro-batch, also by several threads at the
+same time, and only returns what it finds. What a micro-batch gave comes back whole: to `gradients`, with the error, on
+its way back (where the rule asks for the error), else to `add`, in the order of the micro-batches. `update` comes once
+at the end. Everything in between is kept as sums that are linear in the data, so that data-parallel ranks can average
+them.
 
 Shapes: B rows, T tokens, N = B * T, I in_features, O out_features, R rank, D hidden size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,12 +19,17 @@ from torch import Tensor, nn
 from finerank.adapters.initial import Pass
 from finerank.adapters.lora import LoRALinear
 
+Signal = tuple[Tensor, ...]
+"""What one linear gives of one micro-batch."""
+Signals = Sequence[tuple[LoRALinear, Signal]]
+"""What all local linears give of one micro-batch, in the order of the forward pass."""
+
 
 class LocalRule(ABC):
     """A rule over the linears of the local layers."""
 
     needs_error: ClassVar[bool] = False
-    """Whether `receive` wants the gradient of the hidden state above the local layers."""
+    """Whether `gradients` is asked, with the gradient of the hidden state above the local layers; else `add`."""
     learns_by_optimizer: ClassVar[bool] = False
     """Whether `lora_B` gets a gradient from the rule, and the run's optimizer applies it; else the rule applies it."""
     only_into_residual: ClassVar[bool] = False
@@ -47,15 +54,21 @@ class LocalRule(ABC):
         """Forget what was gathered; `step` counts the finished optimizer steps."""
 
     @abstractmethod
-    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
-        """One linear's input and `u = scale * A x`, with this step's factors."""
+    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
+        """Of one linear's input and `u = scale * A x`, with this step's factors, what the rule needs."""
 
-    def take_signals(self) -> dict[LoRALinear, Tensor]:
-        """What `receive` will need of the micro-batch that was just gathered; the rule lets go of it."""
-        return {}
+    def add(self, signals: Signals) -> None:
+        """What one micro-batch gave; called for one after the other."""
+        raise AssertionError("this rule learns from the error")
 
-    def receive(self, error_BTD: Tensor, signals: Mapping[LoRALinear, Tensor]) -> None:  # noqa: B027 (optional)
-        """Gradient of the step's loss with respect to the hidden state above the local layers."""
+    def gradients(self, error_BTD: Tensor, signals: Signals) -> list[Tensor]:
+        """Of the `lora_B` of each signal's linear, in their order.
+
+        Args:
+            error_BTD: gradient of the step's loss with respect to the hidden state above the local layers.
+            signals: of the same micro-batch.
+        """
+        raise AssertionError("this rule asks for no error")
 
     @abstractmethod
     def update(self, *, lr_a: float, lr_b: float) -> None:
@@ -70,20 +83,24 @@ class HebbianRule(LocalRule):
     def begin_step(self, step: int) -> None:
         """Start new sums."""
         self.sums: dict[nn.Parameter, Tensor] = {}
-        self.weights: dict[nn.Parameter, float] = {}
+        self.weights: dict[nn.Parameter, Tensor] = {}
 
-    def add(self, factor: nn.Parameter, x: Tensor, y: Tensor, *, delta: Callable[..., Tensor], weight: float) -> None:
-        """Add one weighted delta to a factor's sum (fp32)."""
-        change = delta(x.to(factor.dtype), y.to(factor.dtype), factor.detach())
-        if factor in self.sums:
-            self.sums[factor].add_(change, alpha=weight)
-            self.weights[factor] += weight
-        else:
-            self.sums[factor], self.weights[factor] = change.mul_(weight), weight
+    @torch.no_grad()
+    def add(self, signals: Signals) -> None:
+        """Add each linear's weighted deltas of its A and B, and their weight (fp32)."""
+        for layer, (delta_A, delta_B, weight) in signals:
+            for factor, delta in ((layer.lora_A, delta_A), (layer.lora_B, delta_B)):
+                self.sums[factor] = self.sums[factor].add_(delta) if factor in self.sums else delta
+                self.weights[factor] = self.weights.get(factor, 0.0) + weight
 
     @torch.no_grad()
     def update(self, *, lr_a: float, lr_b: float) -> None:
         """Move each factor by the mean of its deltas."""
         rates = {layer.lora_B: lr_b for layer in self.layers} | {layer.lora_A: lr_a for layer in self.layers}
         for factor, total in self.sums.items():
-            factor.add_(total, alpha=self.sign * rates[factor] / self.weights[factor])
+            factor.add_(total, alpha=self.sign * rates[factor] / self.weights[factor].item())
+
+
+def weighted_signal(delta_A: Tensor, delta_B: Tensor, *, weight: float) -> Signal:
+    """What Hebbian rules gather: `add` takes the mean over what was gathered, weighted so."""
+    return delta_A.mul_(weight), delta_B.mul_(weight), torch.tensor(weight, dtype=torch.float64)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finerank.adapters.initial import Pass
 from finerank.adapters.local_rules._components import InputSketch
-from finerank.adapters.local_rules._rule import LocalRule
+from finerank.adapters.local_rules._rule import LocalRule, Signal, Signals
 from finerank.adapters.lora import LoRALinear
 from finerank.errors import AdapterError
 
@@ -65,33 +65,24 @@ class RULE(LocalRule):
 
     def begin_step(self, step: int) -> None:
         """Forget the gradients of a step that was not finished."""
-        self.signals: dict[LoRALinear, Tensor] = {}
         for layer in self.layers:
             layer.lora_B.grad = None
 
-    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
+    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
         """Keep u."""
-        self.signals[layer] = u_BTR
+        return (u_BTR,)
 
-    def take_signals(self) -> dict[LoRALinear, Tensor]:
-        """The u of this micro-batch."""
-        taken, self.signals = self.signals, {}
-        return taken
-
-    @torch.no_grad()
-    def receive(self, error_BTD: Tensor, signals: Mapping[LoRALinear, Tensor]) -> None:
-        """Add `dB = g^T u` to the gradient of each B."""
-        for layer, u_BTR in signals.items():
+    def gradients(self, error_BTD: Tensor, signals: Signals) -> list[Tensor]:
+        """`dB = g^T u`"""
+        found = []
+        for layer, (u_BTR,) in signals:
             if u_BTR.shape[:-1] != error_BTD.shape[:-1]:
                 raise AdapterError(
                     f"--lu-lora-rule feedback: a local linear saw {tuple(u_BTR.shape[:-1])} tokens where the hidden "
                     f"state has {tuple(error_BTD.shape[:-1])}, so it cannot learn; use --lu-lora-rule frozen."
                 )
-            gradient_OR = feedback_gradient(error_BTD, u_BTR).to(layer.lora_B.dtype)
-            if layer.lora_B.grad is None:
-                layer.lora_B.grad = gradient_OR
-            else:
-                layer.lora_B.grad.add_(gradient_OR)
+            found.append(feedback_gradient(error_BTD, u_BTR).to(layer.lora_B.dtype))
+        return found
 
     def update(self, *, lr_a: float, lr_b: float) -> None:
         """Nothing: A is fixed, and the B's are the optimizer's."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from finerank.adapters.local_rules._rule import LocalRule
+from finerank.adapters.local_rules._rule import LocalRule, Signal
 from finerank.adapters.lora import LoRALinear
 
 
@@ -12,7 +12,7 @@ class RULE(LocalRule):
     def begin_step(self, step: int) -> None:
         """Nothing was gathered."""
 
-    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
+    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
         """Not reached: no linear is local."""
         raise AssertionError("a frozen layer has an adapter")
 

@@ -17,7 +17,7 @@ where an update of 1.25e-6 is almost always lost.
 from torch import Tensor
 from torch.nn import functional as F
 
-from finerank.adapters.local_rules._rule import HebbianRule
+from finerank.adapters.local_rules._rule import HebbianRule, Signal, weighted_signal
 from finerank.adapters.lora import LoRALinear
 
 
@@ -27,10 +27,11 @@ class RULE(HebbianRule):
     sign = -1.0
     start_std = 1e-4
 
-    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
+    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
         """Both factors see their input and output; each micro-batch counts the same."""
-        self.add(layer.lora_A, x_BTI, u_BTR, delta=mindspeed_delta, weight=1.0)
-        self.add(layer.lora_B, u_BTR, F.linear(u_BTR, layer.lora_B.to(u_BTR.dtype)), delta=mindspeed_delta, weight=1.0)
+        x, u, y = (t.to(layer.lora_A.dtype) for t in (x_BTI, u_BTR, F.linear(u_BTR, layer.lora_B.to(u_BTR.dtype))))
+        delta_A, delta_B = mindspeed_delta(x, u, layer.lora_A), mindspeed_delta(u, y, layer.lora_B)
+        return weighted_signal(delta_A, delta_B, weight=1.0)
 
 
 def mindspeed_delta(x_BTI: Tensor, y_BTO: Tensor, m_OI: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ A row converges to the leading component of its inputs. No error enters it: a ba
 from torch import Tensor
 from torch.nn import functional as F
 
-from finerank.adapters.local_rules._rule import HebbianRule
+from finerank.adapters.local_rules._rule import HebbianRule, Signal, weighted_signal
 from finerank.adapters.lora import LoRALinear
 
 
@@ -17,11 +17,11 @@ class RULE(HebbianRule):
     sign = 1.0
     start_std = 1e-4
 
-    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> None:
+    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
         """Both factors see their input and output; each token counts the same."""
-        num_tokens = float(x_BTI.shape[:-1].numel())
-        self.add(layer.lora_A, x_BTI, u_BTR / layer.scale, delta=oja_delta, weight=num_tokens)
-        self.add(layer.lora_B, u_BTR, F.linear(u_BTR, layer.lora_B.to(u_BTR.dtype)), delta=oja_delta, weight=num_tokens)
+        x, u, y = (t.to(layer.lora_A.dtype) for t in (x_BTI, u_BTR, F.linear(u_BTR, layer.lora_B.to(u_BTR.dtype))))
+        delta_A, delta_B = oja_delta(x, u / layer.scale, layer.lora_A), oja_delta(u, y, layer.lora_B)
+        return weighted_signal(delta_A, delta_B, weight=float(x_BTI.shape[:-1].numel()))
 
 
 def oja_delta(x_BTI: Tensor, y_BTO: Tensor, m_OI: Tensor) -> Tensor:
