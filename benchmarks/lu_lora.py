@@ -9,7 +9,8 @@ A cell is one (method, share of local layers, seed): a `finerank tune` of its ow
 held out, in a run folder of its own. A cell that was stopped goes on where it was, and one that is finished is not run
 again; the most telling cells come first. `steps` times one optimizer step of every method in turn, in one process, so
 that a busy machine hurts all alike, and counts the bytes that a micro-batch keeps for its backward pass (saved tensors
-and local signals, no weights); it needs an otherwise idle machine.
+and local signals, no weights); it needs an otherwise idle machine. With two threads or more, micro-batches are computed
+side by side, as `finerank tune` does.
 
 The learning rate is constant, so LoRA's loss "at equal time" is read off its curve, at the step that it reaches in the
 time of the other's whole run (linear between evaluations).
@@ -151,60 +152,50 @@ def time_steps(args: argparse.Namespace) -> None:
 
 
 def make_stepper(args: argparse.Namespace, method: str, last: int | None) -> Callable[[int, bool], int]:
-    """A model of its own, and what runs one optimizer step on it; it returns the bytes kept, where they are counted."""
+    """A run's own parts, and what takes an optimizer step with them; it returns the bytes kept, if counted."""
     import torch
 
-    from finerank.adapters.inject import inject_adapters
-    from finerank.adapters.lu_lora import start_local_learning
-    from finerank.adapters.settings import AdapterSettings
-    from finerank.data.dataset import load_splits
-    from finerank.data.loader import BatchPlan
-    from finerank.data.settings import DataSettings
-    from finerank.data.templates import load_template
-    from finerank.models.attention import use_packed_attention
-    from finerank.models.forward import verified_head
-    from finerank.models.fused.fuse import fuse
-    from finerank.models.load import load_model
-    from finerank.models.settings import ModelSettings
-    from finerank.train.held_out import batch_loss_sum
+    from finerank.recipes._prepare import prepare
+    from finerank.recipes.tune import Settings
+    from finerank.train.micro_batches import backward_of
     from finerank.train.optim import build_optimizer, clip_gradients
-    from finerank.train.settings import TrainSettings
 
-    loaded = load_model(ModelSettings(load=args.load))
-    model = loaded.model
-    use_packed_attention(model)
-    fuse(model)
     local_settings = {} if last is None else {"lu_lora_final_layer_index": last, "lu_lora_rule": method}
-    settings = AdapterSettings(lora_r=16, lora_alpha=16, **local_settings)  # type: ignore[arg-type]
-    data = DataSettings(data_path=[args.data], seq_length=128, global_batch_size=16, micro_batch_tokens=2048)
-    splits = load_splits(data, loaded.tokenizer, load_template(data, loaded.tokenizer), seed=1)
-    plan = BatchPlan(splits.train, data, seed=1, num_epochs=1, pad_token_id=loaded.tokenizer.pad_token_id or 0)
-    adapters = inject_adapters(model, settings, seed=1)
-    verified_head(model)
-    local = start_local_learning(adapters, settings, lr=5e-4, seed=1)  # a random A takes as long as any other
-    named = [(n, p) for n, p in adapters.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(named, TrainSettings(lr=5e-4), lr_ratios=adapters.lr_ratios)
+    settings = Settings(
+        **{"load": args.load, "data_path": [args.data], "seq_length": 128, "global_batch_size": 16, "seed": 1}
+        | {"micro_batch_tokens": 2048, "share_prompts": False, "lora_r": 16, "lora_alpha": 16.0, "lr": 5e-4}
+        | local_settings
+    )
+    parts = prepare(settings, args.out, say=lambda _: None)
+    model, local, plan = parts.loaded.model, parts.local, parts.plan
+    named = [(n, p) for n, p in parts.trained.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(named, parts.settings, lr_ratios=parts.trained.lr_ratios)
+    backward = backward_of([p for _, p in named], at_once=parts.settings.micro_batches_at_once or 1)
     fixed = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def step(number: int, counts: bool) -> int:
+        most = [0]
+
+        def forward(i: int, batch: Any) -> Any:
+            if local is not None:
+                local.begin_micro_batch(i)
+            kept = Kept(fixed) if counts else None
+            with torch.autograd.graph.saved_tensors_hooks(kept.keep if kept else _same, _same):
+                loss = parts.loss_function(model, batch)
+            most[0] = max(most[0], kept.total() if kept else 0)
+            return loss
+
         model.train()
         if local is not None:
             local.begin_step(number)
-        most = 0
-        for batch in plan.micro_batches(number):
-            kept = Kept(fixed) if counts else None
-            if kept is not None and local is not None:
-                kept.watch(local.rule)
-            with torch.autograd.graph.saved_tensors_hooks(kept.keep if kept else _same, _same):
-                loss = batch_loss_sum(model, batch)
-            most = max(most, kept.total() if kept else 0)
-            (loss / 1000).backward()
+        for _ in backward(plan.micro_batches(number), forward, 1000.0):
+            pass
         clip_gradients([p for _, p in named], 1.0)
         optimizer.step()
         if local is not None:
             local.apply_local_update(lr_factor=1.0)
         optimizer.zero_grad(set_to_none=True)
-        return most
+        return most[0]
 
     return step
 
@@ -228,18 +219,6 @@ class Kept:
             self.sizes[storage.data_ptr()] = storage.nbytes()
             self.tensors.append(tensor)  # so that no other tensor gets its place
         return tensor
-
-    def watch(self, rule: Any) -> None:
-        """Count the signals that the rule's next micro-batch keeps."""
-        take = type(rule).take_signals
-
-        def taken() -> Any:
-            signals = take(rule)
-            for signal in signals.values():
-                self.keep(signal)
-            return signals
-
-        rule.take_signals = taken
 
     def total(self) -> int:
         """Bytes; lets go of the tensors."""
