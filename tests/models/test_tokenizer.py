@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from finerank.models import tokenizer
 from tiny import FAMILIES, save_tiny
 
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer", None)
@@ -78,6 +80,18 @@ def test_other_process_gives_what_auto_tokenizer_gives(tmp_path: Path):
     for folder, told in zip(folders, made, strict=True):
         assert told == json.loads(json.dumps(facts(AutoTokenizer.from_pretrained(folder), TEXTS))), folder.name
     assert len({told["class"] for told in made}) > 2
+
+
+@pytest.mark.parametrize("told", ["no JSON", {"module": "os", "class": "path", "digest": ""}, {"digest": "another"}])
+def test_an_answer_that_does_not_hold_is_not_used(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, told: Any):
+    right = {"module": "transformers", "class": "PreTrainedTokenizerFast"}
+    answer = told if isinstance(told, str) else json.dumps(right | told)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=answer))
+    assert tokenizer._without_torch(tiny_folder) is None
+    made = AutoTokenizer.from_pretrained(tiny_folder)
+    right = {"module": type(made).__module__, "class": type(made).__name__, "digest": tokenizer._digest(made)}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=json.dumps(right)))
+    assert facts(tokenizer._without_torch(tiny_folder), TEXTS) == facts(made, TEXTS)
 
 
 def test_a_damaged_tokenizer_is_named(tiny_folder: Path, tmp_path: Path):

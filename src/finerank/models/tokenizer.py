@@ -2,12 +2,15 @@
 
 `AutoTokenizer` knows which of many classes a tokenizer is of, and importing it imports PyTorch and modelling code:
 300 MB and seconds that preparing rows has no use for. So where PyTorch is not in this process yet, `AutoTokenizer` runs
-in another one, without PyTorch, and the tokenizer it made comes back over a pipe: the same object in less room.
+in another one, without PyTorch, and says which class it chose; that class alone reads the same files here, and what
+comes out is compared with what the other process had.
 """
 
+import hashlib
+import importlib
+import json
 import logging
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +47,7 @@ def read_tokenizer(folder: Path, name: str, settings: SourceSettings) -> "PreTra
         raise ModelError(f"There is no tokenizer with {name}; name one with --tokenizer-name-or-path FOLDER.")
     tokenizer = None
     if "torch" not in sys.modules and not settings.trust_remote_code:
-        tokenizer = _from_other_process(folder)
+        tokenizer = _without_torch(folder)
     if tokenizer is None:
         from transformers import AutoTokenizer
 
@@ -57,14 +60,15 @@ def read_tokenizer(folder: Path, name: str, settings: SourceSettings) -> "PreTra
     return tokenizer
 
 
-def _from_other_process(folder: Path) -> Any | None:
+def _without_torch(folder: Path) -> Any | None:
     """The folder's tokenizer, made without PyTorch; None where that cannot be done, whatever the reason."""
-    code = f"from {__name__} import send_tokenizer; send_tokenizer()"
+    code = f"from {__name__} import tell_class; tell_class()"
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "" is the current folder
         "PYTHONSAFEPATH": "1",  # which is not to come first for the other process alone
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it would say that there is no PyTorch
+        "TRANSFORMERS_VERBOSITY": "error",  # what there is to say is said here
     }
     try:
         done = subprocess.run(
@@ -74,23 +78,41 @@ def _from_other_process(folder: Path) -> Any | None:
             start_new_session=True,  # Ctrl-C is this process's to handle
             check=True,
         )
-        return pickle.loads(done.stdout)  # written by this very program
+        told = json.loads(done.stdout)
+        if told["module"].partition(".")[0] != "transformers":
+            return None
+        tokenizer = getattr(importlib.import_module(told["module"]), told["class"]).from_pretrained(folder)
+        return tokenizer if _digest(tokenizer) == told["digest"] else None
     except Exception:  # a damaged tokenizer or one of a rare kind: what there is to say about it is said here
         return None
 
 
-def send_tokenizer() -> None:
-    """What the other process does: write the pickled tokenizer of the folder in its arguments to standard output."""
-    output = os.fdopen(os.dup(1), "wb")
+def tell_class() -> None:
+    """What the other process does: say what `AutoTokenizer` makes of the folder in its arguments."""
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not get in between
     sys.modules["torch"] = None  # type: ignore[assignment]  # to Python: there is no such module
     try:
         from transformers import AutoTokenizer
 
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+        kind = type(tokenizer)
         with output:
-            pickle.dump(AutoTokenizer.from_pretrained(sys.argv[1]), output)
+            json.dump({"module": kind.__module__, "class": kind.__name__, "digest": _digest(tokenizer)}, output)
     except Exception:
         sys.exit(1)  # the asking process tries it by itself, and says what is wrong
+
+
+def _digest(tokenizer: Any) -> str:
+    """SHA-256 of what decides a tokenizer's ids and prompts."""
+    told = [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        tokenizer.model_max_length,
+        tokenizer.padding_side,
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> list[int]:
