@@ -134,8 +134,8 @@ class Runner:
         return json.loads(line)
 
 
-def arguments(description: str | None, contestants: list[str]) -> argparse.Namespace:
-    """The command line of a benchmark of steps, with the contestants it takes by default."""
+def options(description: str | None, contestants: list[str]) -> argparse.ArgumentParser:
+    """The options of a benchmark of steps, with the contestants it takes by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("FINERANK_SHARED") or HERE.parents[1] / "shared")
     parser.add_argument("--data", type=Path, default=shared / "data" / "alpaca_en_demo.json", help="instruction rows")
@@ -152,6 +152,11 @@ def arguments(description: str | None, contestants: list[str]) -> argparse.Names
     parser.add_argument("--seed", type=int, default=1234, help="of the order of rows")
     parser.add_argument("--quick", action="store_true", help="2 steps of 4 short rows, to see that everything runs")
     parser.add_argument("--output", type=Path, help="where results go as .json and .md; without: only printed")
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line by these options."""
     args = parser.parse_args()
     if args.quick:
         args.steps, args.global_batch_size, args.held_out, args.seq_length = 2, 4, 4, 128
@@ -278,7 +283,7 @@ def publish(summary: dict[str, Any], title: str, output: Path | None) -> None:
 def main() -> None:
     import tempfile
 
-    args = arguments(__doc__, list(SETUPS)[:3])
+    args = arguments(options(__doc__, list(SETUPS)[:3]))
     with tempfile.TemporaryDirectory() as log:
         summary = summarise(race(args, Path(log)), args)
     publish(summary, "The tuning step", args.output)

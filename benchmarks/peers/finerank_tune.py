@@ -26,8 +26,11 @@ class SteppedPlan:
 
 
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="bf16", bits=16, fused=1, share_prompts=1, at_once=0, tokens=2048)
+    task, own = parse(
+        __doc__ or "", dtype="bf16", bits=16, fused=1, share_prompts=1, at_once=0, tokens=2048, adapters=""
+    )
 
+    from finerank.adapters.files import save_adapter
     from finerank.recipes._prepare import prepare
     from finerank.recipes.tune import Settings, make_loop
 
@@ -46,9 +49,16 @@ def main() -> None:
         plan: Any = SteppedPlan(parts.plan, contestant)
         without_evaluation = dataclasses.replace(parts.splits, valid=None)
         loop = make_loop(dataclasses.replace(parts, plan=plan, splits=without_evaluation))
+
+        def keep_adapter(name: str) -> None:
+            if own.adapters:
+                save_adapter(parts.trained, Path(own.adapters) / name, base_model_name=task.model)  # type: ignore[arg-type]
+
+        keep_adapter("start")
         contestant.ready()
         with contextlib.suppress(Stopped):
             loop.run()
+        keep_adapter("finerank")
     model.set_attn_implementation("sdpa")
     contestant.end(held_out_loss=held_out_loss(model, held_out))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from protocol import Contestant, Stopped, held_out_loss, load_rows, parse
@@ -20,10 +21,10 @@ def quantized(folder: Any, bits: int) -> Any:
 
 
 def main() -> None:
-    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8, attention="sdpa", bits=16)
+    task, own = parse(__doc__ or "", dtype="fp32", micro_batch=8, attention="sdpa", bits=16, adapters="")
 
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from torch.utils.data import Dataset, SequentialSampler
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -38,7 +39,10 @@ def main() -> None:
         r=task.rank, lora_alpha=2 * task.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     torch.manual_seed(task.seed)
-    model = get_peft_model(base, config)
+    if own.adapters:  # begin as finerank has begun
+        model = PeftModel.from_pretrained(base, Path(own.adapters) / "start", is_trainable=True)
+    else:
+        model = get_peft_model(base, config)
     contestant = Contestant()
 
     order = [row for step in range(task.num_steps) for row in plan.rows(step)]
@@ -86,6 +90,8 @@ def main() -> None:
         contestant.ready()
         with contextlib.suppress(Stopped):
             trainer.train()
+    if own.adapters:
+        model.save_pretrained(Path(own.adapters) / "peft")
     contestant.end(held_out_loss=held_out_loss(model, held_out))
 
 
