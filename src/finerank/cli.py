@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torch's allocators say it by a RuntimeError; asking torch itself would import it
         if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
-        traceback.print_exc()
-        _tell("finerank: out of memory; lower --micro-batch-tokens or --seq-length")
+        if os.environ.get("FINERANK_TRACEBACK"):
+            raise
+        _tell(
+            "finerank: out of memory; take a smaller model or --dtype, in training a lower --micro-batch-tokens or "
+            "--seq-length (FINERANK_TRACEBACK=1 shows where it ran out)"
+        )
         return 3
 
 

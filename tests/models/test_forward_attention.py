@@ -272,3 +272,13 @@ def test_weights_that_are_not_finite_are_named():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"base weights are not finite .model\.layers\.1\.mlp\.up_proj\.weight"):
         use_packed_attention(model)
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [(torch.bfloat16, "try --dtype fp32"), (torch.float32, "get the model")])
+def test_a_base_that_overflows_is_told_so(dtype: torch.dtype, advice: str):
+    model = tiny_model("llama").to(dtype)
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            model.get_submodule(f"model.layers.1.mlp.{name}").weight.mul_(1e20)
+    with pytest.raises(ModelError, match=rf"outputs are not finite in {str(dtype)[6:]}.*{advice}"):
+        use_packed_attention(model)

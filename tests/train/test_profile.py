@@ -52,7 +52,7 @@ def test_products_are_counted_by_part(model):
 
 def test_kept_bytes_are_those_that_autograd_keeps():
     weight = torch.randn(8, 16, requires_grad=True)
-    profiler = StepProfiler(torch.nn.Module(), num_steps=1, rank=2, device=torch.device("cpu"), num_tokens=lambda s: 1)
+    profiler = StepProfiler(torch.nn.Module(), num_steps=1, rank=2, device=torch.device("cpu"), num_tokens=lambda: 1)
     x = torch.randn(4, 8)
     for _ in range(2):
         with profiler.around(0):

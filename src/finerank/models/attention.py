@@ -50,6 +50,13 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(before)
         if bad := _first_nonfinite(model):
             raise ModelError(f"The base weights are not finite ({bad} holds NaN or infinity); get the model again.")
+        if not _has_finite_outputs(model):
+            precision = str(model.dtype).removeprefix("torch.")
+            advice = "get the model again" if model.dtype == torch.float32 else "try --dtype fp32"
+            raise ModelError(
+                f"The base's outputs are not finite in {precision}, though its weights are: some of them are far too "
+                f"large; {advice}."
+            )
         raise ModelError(f"{type(model).__name__} cannot keep packed sequences apart; use --no-pack.")
 
 
@@ -57,6 +64,13 @@ def _first_nonfinite(model: PreTrainedModel) -> str | None:
     """Name of the first weight that holds NaN or infinity."""
     floating = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
     return next((name for name, p in floating if not torch.isfinite(p).all()), None)
+
+
+@torch.no_grad()
+def _has_finite_outputs(model: PreTrainedModel) -> bool:
+    """Whether the model gives finite hidden states for a few tokens, as it computes them by itself."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    return bool(torch.isfinite(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).all())
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:

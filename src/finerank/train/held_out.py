@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from finerank.data.batch import Batch
 from finerank.errors import DataError
 from finerank.models.forward import loss_sum
+from finerank.train.memory import if_it_fits, out_of_memory
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(model, micro-batch on the model's device) -> differentiable fp32 sum of the loss over its trained tokens."""
@@ -75,6 +76,7 @@ def evaluate_loss(
 
     Raises:
         DataError: no token of the batches is trained.
+        OutOfMemoryError: a batch does not fit.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -85,7 +87,10 @@ def evaluate_loss(
         with torch.no_grad():
             for batch in batches:
                 before_each()
-                total += loss_function(model, batch.to(device)).double()
+                loss = if_it_fits(loss_function, model, batch.to(device))
+                if loss is None:
+                    raise out_of_memory(model, batch, device=device)
+                total += loss.double()
                 tokens += count_of(loss_function, batch)
     finally:
         model.train(was_training)

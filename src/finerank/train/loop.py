@@ -14,7 +14,6 @@ finished step, from which the same micro-batches follow again.
 """
 
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +38,7 @@ from finerank.train.held_out import (
     evaluate_loss,
     measures_of,
 )
-from finerank.train.memory import OutOfMemoryError, explain, peak_memory_bytes
+from finerank.train.memory import OutOfMemoryError, out_of_memory, peak_memory_bytes
 from finerank.train.metrics import FILE_NAME, Metrics, open_trackers, read_metrics
 from finerank.train.micro_batches import Backward, in_turn
 from finerank.train.nonfinite import find_nonfinite, write_replay
@@ -270,8 +269,7 @@ class TrainLoop:
         with contextlib.closing(self.backward(batches, self._forward, count)) as losses:
             for batch, loss in zip(batches, losses, strict=False):
                 if loss is None:
-                    gc.collect()
-                    raise OutOfMemoryError(explain(self.model, batch, device=self.device))
+                    raise out_of_memory(self.model, batch, device=self.device)
                 total += loss.double()
                 self.signals.check()
         return total.item() / count

@@ -1,17 +1,22 @@
 """Memory: the peak so far, what is free, and what to say when there is not enough."""
 
 import contextlib
+import gc
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from finerank.data.batch import Batch
 from finerank.errors import FinerankError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class OutOfMemoryError(FinerankError, MemoryError):
@@ -97,6 +102,22 @@ def _control_group_left(folder: Path) -> int | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator has no class of its own for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def if_it_fits(compute: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What `compute` gives; None when memory runs out, the error gone with all that its traceback held."""
+    try:
+        return compute(*args, **kwargs)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def out_of_memory(model: nn.Module, batch: Batch, *, device: torch.device) -> OutOfMemoryError:
+    """The error to raise for a batch that did not fit, after everything of it has been let go."""
+    gc.collect()
+    return OutOfMemoryError(explain(model, batch, device=device))
 
 
 def explain(model: nn.Module, batch: Batch, *, device: torch.device) -> str:

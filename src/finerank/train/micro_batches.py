@@ -12,7 +12,7 @@ the result does not depend on which thread was faster.
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from finerank.data.batch import Batch
 from finerank.errors import ConfigError
-from finerank.train.memory import is_out_of_memory
+from finerank.train.memory import if_it_fits
 
-T = TypeVar("T")
 Forward = Callable[[int, Batch], Tensor]
 """(number of the micro-batch in its step, micro-batch) -> sum of its loss."""
 Backward = Callable[[Sequence[Batch], Forward, float], Generator[Tensor | None, None, None]]
@@ -42,7 +41,7 @@ def in_turn(batches: Sequence[Batch], forward: Forward, count: float) -> Generat
         return loss.detach()
 
     for i, batch in enumerate(batches):
-        loss = _if_it_fits(backward, i, batch)
+        loss = if_it_fits(backward, i, batch)
         yield loss
         if loss is None:
             return
@@ -73,7 +72,7 @@ class SideBySide:
         torch.set_num_threads(self.num_threads)  # MKL's number is that of the process
         work: list[Future[tuple[Tensor, tuple[Tensor | None, ...]] | None]] = []
         try:
-            work += [self._pool.submit(_if_it_fits, gradients, i, batch) for i, batch in enumerate(batches)]
+            work += [self._pool.submit(if_it_fits, gradients, i, batch) for i, batch in enumerate(batches)]
             for future in work:
                 found = future.result()
                 if found is None:
@@ -88,16 +87,6 @@ class SideBySide:
                 future.cancel()
             wait(work)
             torch.set_num_threads(all_threads)
-
-
-def _if_it_fits(compute: Callable[[int, Batch], T], i: int, batch: Batch) -> T | None:
-    """What `compute` gives; None when memory runs out, the error gone with all that its traceback held."""
-    try:
-        return compute(i, batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
 
 
 def backward_of(parameters: Iterable[Tensor], *, at_once: int) -> Backward:

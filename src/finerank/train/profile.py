@@ -85,7 +85,7 @@ class StepProfiler:
     """Watches the first steps of a run."""
 
     def __init__(
-        self, model: nn.Module, *, num_steps: int, rank: int, device: torch.device, num_tokens: Callable[[int], int]
+        self, model: nn.Module, *, num_steps: int, rank: int, device: torch.device, num_tokens: Callable[[], int]
     ):
         """
         Args:
@@ -93,7 +93,7 @@ class StepProfiler:
             num_steps: steps to time, after one of warm-up.
             rank: largest rank of the adapters; products with a side of at most three times it are low-rank ones.
             device: where the model is.
-            num_tokens: tokens of a step.
+            num_tokens: tokens of the step just done.
         """
         self.model, self.num_steps, self.rank, self.device = model, num_steps, rank, device
         self.num_tokens = num_tokens
@@ -104,13 +104,18 @@ class StepProfiler:
     @classmethod
     def of_loop(cls, loop: TrainLoop, *, num_steps: int) -> "StepProfiler":
         """Watch a loop that is about to run."""
+
+        def num_tokens() -> int:
+            assert loop.state.pending is not None  # the row of the step just done
+            return loop.state.pending["tokens"]
+
         ranks = [p.shape[0] for name, p in loop.named_parameters.items() if ".lora_A" in name]
         profiler = cls(
             loop.model,
             num_steps=num_steps,
             rank=max(ranks, default=0),
             device=loop.device,
-            num_tokens=lambda step: sum(batch.num_tokens for batch in loop.plan.micro_batches(step)),
+            num_tokens=num_tokens,
         )
         loop.around_step = profiler.around
         return profiler
@@ -129,7 +134,7 @@ class StepProfiler:
                 yield
                 self._synchronize()
                 seconds = time.perf_counter() - started
-            self._taken.append((seconds, list(watched.events() or ()), self.num_tokens(step)))
+            self._taken.append((seconds, list(watched.events() or ()), self.num_tokens()))
         else:
             yield
 

@@ -31,6 +31,7 @@ from finerank.data.pairs import PairDataset
 from finerank.data.settings import DataSettings
 from finerank.errors import NumericsError, StorageError
 from finerank.files import cache_folder, replace_file
+from finerank.train.memory import if_it_fits, out_of_memory
 from finerank.train.pair_loss import pairs_of
 
 
@@ -61,7 +62,7 @@ def with_reference(
         pad_token_id: fills padded positions.
         say: is told of a pass over the data.
 
-    Raises NumericsError when the model gives a pair a log-probability that is not finite.
+    Raises NumericsError when the model gives a pair a log-probability that is not finite, OutOfMemoryError.
     """
     layout = _layout(data, settings, pad_token_id)
     told = {"data": data.digest, "layout": layout, "adapter off": adapters is not None, **made_of}
@@ -102,7 +103,9 @@ def _compute(
     try:
         with adapters.disabled() if adapters is not None else contextlib.nullcontext():
             for batch in eval_batches(data, settings, pad_token_id=pad_token_id):
-                pairs = pairs_of(model, batch.to(model.device))
+                pairs = if_it_fits(pairs_of, model, batch.to(model.device))
+                if pairs is None:
+                    raise out_of_memory(model, batch, device=model.device)
                 values[list(batch.rows)] = torch.stack([pairs.chosen, pairs.rejected], dim=1).float().cpu().numpy()
     finally:
         model.train(was_training)
