@@ -13,7 +13,8 @@ and local signals, no weights); it needs an otherwise idle machine. With two thr
 side by side, as `finerank tune` does.
 
 The learning rate is constant, so LoRA's loss "at equal time" is read off its curve, at the step that it reaches in the
-time of the other's whole run (linear between evaluations).
+time of the other's whole run (linear between evaluations). The table says what the cells were run with, as far as that
+is not what `run` gives them now.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-METHODS = ("lora", "frozen", "feedback", "mindspeed", "oja")
+METHODS = ("lora", "frozen", "feedback", "sampled", "mindspeed", "oja")
 SHARES = (0.4, 0.6, 0.2, 0.8)
 HELD_OUT = 80
 STUDY = "--seq-length 128 --global-batch-size 16 --micro-batch-tokens 2048 --lr 5e-4 --lr-decay-style constant"
-STUDY += " --lora-r 16 --lora-alpha 16 --eval-interval 8 --save-interval 4 --no-keep-best --no-share-prompts"
+STUDY += " --lora-r 16 --lora-alpha 16 --eval-interval 16 --save-interval 4 --no-keep-best --no-share-prompts"
 
 
 def main() -> None:
@@ -186,9 +187,11 @@ def make_stepper(args: argparse.Namespace, method: str, last: int | None) -> Cal
             return loss
 
         model.train()
+        batches = plan.micro_batches(number)
         if local is not None:
-            local.begin_step(number)
-        for _ in backward(plan.micro_batches(number), forward, 1000.0):
+            counts = [batch.num_trained_tokens for batch in batches]
+            local.begin_step(number, sampled=[batch.is_sample for batch in batches], counts=counts)
+        for _ in backward(batches, forward, 1000.0):
             pass
         clip_gradients([p for _, p in named], 1.0)
         optimizer.step()
@@ -235,9 +238,26 @@ def read_cells(out: Path) -> list[dict[str, Any]]:
         method, share, seed = folder.name.split("-")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curve = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+        given = other_flags((folder / "config.yaml").read_text(encoding="utf-8"))
         is_done = (folder / "results.json").exists()
-        cells.append({"method": method, "share": share, "seed": seed, "curve": curve, "done": is_done})
+        cells.append({"method": method, "share": share, "seed": seed, "curve": curve, "done": is_done, "given": given})
     return cells
+
+
+def other_flags(config: str) -> list[str]:
+    """The flags of the study that a run was given another value for, with that value."""
+    import yaml
+
+    stored, words, found = yaml.safe_load(config), STUDY.split(), []
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            has_value = i + 1 < len(words) and not words[i + 1].startswith("--")
+            wanted = yaml.safe_load(words[i + 1]) if has_value else not word.startswith("--no-")
+            name = word.removeprefix("--" if has_value or wanted else "--no-").replace("-", "_")
+            value = stored.get(name)
+            if name in stored and value != (float(wanted) if isinstance(value, float) else wanted):
+                found.append(f"{word} {value}")
+    return found
 
 
 def table(out: Path) -> str:
@@ -271,7 +291,12 @@ def table(out: Path) -> str:
             f"{max(losses) - min(losses):.4f} | {_mean(won, '.0%')} | {_mean(equal, '.4f')} | "
             f"{'-' if times is None else format(times, '.2f')} | {'-' if kept is None else format(kept, '.2f')} |"
         )
-    return "\n".join(lines) + "\n\nStep and activations are shares of full LoRA's.\n"
+    lines += ["", "Step and activations are shares of full LoRA's."]
+    for cell in cells:
+        if cell["given"]:
+            name = cell_name(cell["method"], float(cell["share"]) / 100, int(cell["seed"].removeprefix("seed")))
+            lines.append(f"{name} was run with {', '.join(cell['given'])}.")
+    return "\n".join(lines) + "\n"
 
 
 def loss_at(curve: list[tuple[int, float]], step: float) -> float:

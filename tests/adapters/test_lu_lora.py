@@ -464,7 +464,7 @@ def test_mindspeed_teaches_every_linear_of_a_shared_group():
 def test_choices_are_the_rules_in_the_folder():
     rules = registry.names("finerank.adapters.local_rules")
     field = AdapterSettings.__dataclass_fields__["lu_lora_rule"]
-    assert sorted(field.metadata["choices"]) == rules == ["feedback", "frozen", "mindspeed", "oja"]
+    assert sorted(field.metadata["choices"]) == rules == ["feedback", "frozen", "mindspeed", "oja", "sampled"]
     for name in rules:
         assert registry.load("finerank.adapters.local_rules", name, "rule").RULE
 

@@ -29,6 +29,7 @@ LU = ["--lu-lora-final-layer-index", "1", "--lr", "0.02"]
 KINDS = {
     "lora": [],
     "feedback": LU,
+    "sampled": [*LU, "--lu-lora-rule", "sampled"],
     "mindspeed": [*LU, "--lu-lora-rule", "mindspeed", "--lu-lora-lr", "1e-3"],
     "oja": [*LU, "--lu-lora-rule", "oja", "--lu-lora-lr", "1e-2"],
     "frozen, cached": [*LU, "--lu-lora-rule", "frozen", "--cache-boundary", "--share-prompts", "false"],

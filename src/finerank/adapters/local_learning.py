@@ -6,8 +6,9 @@
 
 `forward` only gathers what the rule needs; it never learns. Under a rule that asks for the error, the hidden state that
 leaves layer K is where the graph begins: its gradient is the error, and what the rule makes of it is the gradient of
-each `lora_B`. Evaluation gathers nothing. Micro-batches may be computed side by side, each by a thread of its own: what
-they give is added in their order.
+each `lora_B`. Under a rule that learns from a sample, the graph of a sampled micro-batch goes through the local layers
+as through all others. Evaluation gathers nothing. Micro-batches may be computed side by side, each by a thread of its
+own: what they give is added in their order.
 """
 
 import itertools
@@ -31,6 +32,7 @@ class _Gathering(threading.local):
     def __init__(self) -> None:
         self.number: int | None = None
         self.signals: list[tuple[LoRALinear, Signal]] = []
+        self.is_sampled = False
 
 
 class LocalLearning:
@@ -65,17 +67,32 @@ class LocalLearning:
         """Whether layers 0 to K compute the same from this step to the end of the run."""
         return not (self.is_learning and self.rule.layers)
 
-    def begin_step(self, step: int) -> None:
-        """Forget what an interrupted step gathered. `step`: optimizer steps finished so far."""
+    @property
+    def passes_gradients(self) -> bool:
+        """Whether the micro-batch that this thread has in work is backpropagated through the local layers."""
+        return self._gathering.is_sampled and torch.is_grad_enabled()
+
+    def begin_step(self, step: int, *, sampled: Sequence[bool] = (), counts: Sequence[int] = ()) -> None:
+        """Forget what an interrupted step gathered.
+
+        Args:
+            step: optimizer steps finished so far.
+            sampled: which of the step's micro-batches are of the sample.
+            counts: what each adds to the number that the step's loss is a mean over.
+        """
         self.is_learning = self.freeze_after is None or step < self.freeze_after
         self._saw_training, self._gathering = False, _Gathering()
         self._waiting: dict[int, Signals] = {}
         self._num_added = 0
+        self._sampled = sampled if self.is_learning and self.rule.learns_from_sample else ()
+        in_sample = sum(count for count, is_sampled in zip(counts, sampled, strict=True) if is_sampled)
+        self._sample_weight = sum(counts) / max(in_sample, 1)
         self.rule.begin_step(step)
 
     def begin_micro_batch(self, number: int) -> None:
         """This thread's next forward pass is of the step's micro-batch of that number, from 0; else its turn counts."""
-        self._gathering.number, self._gathering.signals = number, []
+        now = self._gathering
+        now.number, now.signals, now.is_sampled = number, [], number < len(self._sampled) and self._sampled[number]
 
     def apply_local_update(self, *, lr_factor: float) -> None:
         """Learn from what the step's micro-batches gathered.
@@ -99,6 +116,7 @@ class LocalLearning:
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """A local linear's output; in training it is also shown to the rule. Dropout is not applied."""
         is_taught = self.is_learning and layer.training and torch.is_grad_enabled()
+        is_taught = is_taught and not self.rule.learns_from_sample
         with torch.no_grad():
             u = F.linear(x, (layer.lora_A * layer.scale).to(x.dtype))
             if is_taught:
@@ -109,17 +127,22 @@ class LocalLearning:
             return y
 
     def at_boundary(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
-        """Forward hook of layer K: here the graph begins, where the rule needs the error."""
+        """Forward hook of layer K: here the graph begins, where the rule needs the error; a sample's goes on."""
         if not (module.training and torch.is_grad_enabled()):
             return None
         now = self._gathering
+        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+        if self.passes_gradients:
+            now.is_sampled, self._saw_training = False, True
+            weight = self._sample_weight
+            hidden.register_hook(lambda error: error * weight)
+            return None
         number, signals, now.number, now.signals = now.number, now.signals, None, []
         if not signals:
             return None
         if not self.rule.needs_error:
             self._add_in_order(number, signals)
             return None
-        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
         hidden = _Boundary.apply(hidden, self.rule, signals, *(layer.lora_B for layer, _ in signals))
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 

@@ -27,6 +27,9 @@ from finerank.errors import AdapterError
 class Local(Protocol):
     """Runs a layer that learns without backpropagation; see `adapters.lu_lora`."""
 
+    @property
+    def passes_gradients(self) -> bool: ...
+
     def output(self, layer: "LoRALinear", x: Tensor) -> Tensor: ...
 
 
@@ -96,7 +99,7 @@ class LoRALinear(nn.Module):
         """[..., I] -> [..., O]"""
         if not self.is_active:
             return self.base_layer(x)
-        if self.local is not None:
+        if self.local is not None and not self.local.passes_gradients:
             return self.local.output(self, x)
         if self.shared_input is not None:
             return self.shared_input.output(self, x)

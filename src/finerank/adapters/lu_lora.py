@@ -5,7 +5,7 @@
     ...see `adapters.local_learning`...
 
 Layers 0 to K are local. Their adapters run without a graph, so no activation is kept and no gradient flows below layer
-K + 1.
+K + 1; under the sampled rule this holds for all rows but the sample's.
 
 Rules are in `adapters/local_rules`. All that they learn is in the factors (fp32), so checkpoints need nothing else. A
 rule may look at the run's first rows before it starts (`passes`); the forward passes for that end at layer K.
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _INTO_RESIDUAL = GROUPS["linear_proj"] + GROUPS["linear_fc2"]
 DEFAULT_LR = 1.25e-6
 """Of `lora_A` under the Hebbian rules, as MindSpeed-LLM has it."""
+DEFAULT_SAMPLE_SHARE = 0.25
 
 
 def local_targets(
@@ -115,6 +116,26 @@ def _refuse_without_effect(settings: LocalSettings) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect without --lu-lora-final-layer-index; give that too."
             )
+
+
+def sample_share(settings: LocalSettings) -> float | None:
+    """The share of a step's rows that are backpropagated through the local layers; None where the rule takes none.
+
+    Raises:
+        ConfigError: a share given to a rule that takes none, or out of range.
+    """
+    share = settings.lu_lora_sample
+    if settings.lu_lora_final_layer_index is None:
+        return None
+    if not _rule_class(settings).learns_from_sample:
+        if share is not None:
+            raise ConfigError(
+                f"--lu-lora-sample has no effect with --lu-lora-rule {settings.lu_lora_rule}; leave it out."
+            )
+        return None
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"--lu-lora-sample is {share:g}; it must be above 0 and at most 1, e.g. 0.25.")
+    return DEFAULT_SAMPLE_SHARE if share is None else share
 
 
 def _rule_class(settings: LocalSettings) -> type[LocalRule]:
@@ -200,11 +221,13 @@ def start_local_learning(
     decoder = _decoder_layers(adapters.model, list(adapters.layers))
     _check_range(last, len(decoder))
     _check_values(settings)
+    sample_share(settings)
     local = {name: layer for name, layer in adapters.layers.items() if _is_local(name, last)}
     taught = [layer for name, layer in local.items() if _can_learn(adapters.model, name, settings)]
     rule = _rule_class(settings)(taught)
     ratio = settings.lu_lora_lr_ratio if settings.lu_lora_lr_ratio is not None else rule.default_ratio
-    base = settings.lu_lora_lr if settings.lu_lora_lr is not None else lr if rule.learns_by_optimizer else DEFAULT_LR
+    default = rule.default_lr_share * lr if rule.learns_by_optimizer else DEFAULT_LR
+    base = settings.lu_lora_lr if settings.lu_lora_lr is not None else default
     parameters = {p for layer in local.values() for p in (layer.lora_A, layer.lora_B)}
     learning = LocalLearning(
         rule,
@@ -216,7 +239,7 @@ def start_local_learning(
     )
     for name, layer in local.items():
         layer.local = learning
-        layer.lora_A.requires_grad_(False)
+        layer.lora_A.requires_grad_(rule.learns_from_sample)
         layer.lora_B.requires_grad_(rule.learns_by_optimizer and layer in taught)
         if rule.start_std and not layer.lora_B.any():
             _start_B(layer.lora_B, f"{seed} {name} lora_B", std=rule.start_std)
@@ -229,6 +252,8 @@ def start_local_learning(
             depth = last - (_layer_index(name) or 0)
             share = math.exp(-rule.decay_by_depth * depth)
             adapters.lr_ratios[layer.lora_B] = share * learning.lr_b / lr if lr else 0.0
+            if rule.learns_from_sample:
+                adapters.lr_ratios[layer.lora_A] = share * learning.lr_a / lr if lr else 0.0
     if passes is not None:
         _start_from_data(adapters.model, learning, passes())
     logger.info(

@@ -12,7 +12,7 @@ class LocalSettings:
     lu_lora_final_layer_index: int | None = setting(None, help="LU-LoRA: the last local layer K, counted from 0")
     lu_lora_rule: str = setting(
         "feedback",
-        choices=("feedback", "mindspeed", "oja", "frozen"),
+        choices=("feedback", "sampled", "mindspeed", "oja", "frozen"),
         help="LU-LoRA: how local layers learn; frozen gives them no adapter",
     )
     lu_lora_r: int | None = setting(
@@ -23,6 +23,9 @@ class LocalSettings:
     )
     lu_lora_lr_ratio: float | None = setting(
         None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 3 under the feedback rule"
+    )
+    lu_lora_sample: float | None = setting(
+        None, help="LU-LoRA, sampled rule: share of a step's rows that teach the local layers; default 0.25"
     )
     lu_lora_freeze_after: int | None = setting(None, help="LU-LoRA: steps after which the local layers stop learning")
     cache_boundary: bool = setting(

@@ -37,6 +37,8 @@ class Batch:
     reference: torch.Tensor | None = None
     """fp32 [rows, 2], for pairs: log-probabilities of chosen and rejected under the reference model. A pair is two
     sequences, the chosen one first."""
+    is_sample: bool = False
+    """whether these rows are backpropagated through local layers too; see `sample_share` of `BatchPlan`"""
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -26,6 +26,11 @@ from finerank.data.shared_prompts import Segment, common_prompt, share_prompts
 from finerank.data.types import IGNORE_INDEX
 from finerank.errors import ConfigError
 
+_SAMPLE_BUDGET = 4
+"""A micro-batch of the sample is this many times smaller than others, since more of it is kept for the way back."""
+_SAMPLE_STREAM = 1
+"""Sets the sample's random numbers apart from the permutation's."""
+
 
 class _Sequence(NamedTuple):
     """One sequence of a sample, as a batch has it."""
@@ -48,6 +53,8 @@ class BatchPlan:
         num_epochs: passes over the data, perhaps a fraction; or
         num_steps: optimizer steps, over as many epochs as that takes.
         pad_token_id: what fills padded positions.
+        sample_share: this share of each step's rows, drawn at random, at least one, comes first and in micro-batches of
+            its own, a quarter as large (`Batch.is_sample`); None: no row is set apart.
 
     Raises ConfigError for sizes that no batch can have.
     """
@@ -61,11 +68,12 @@ class BatchPlan:
         num_epochs: float | None = None,
         num_steps: int | None = None,
         pad_token_id: int,
+        sample_share: float | None = None,
     ):
         _check(settings)
         assert (num_epochs is None) != (num_steps is None) and len(dataset)
         self.dataset, self.settings = dataset, settings
-        self.seed, self.pad_token_id = seed, pad_token_id
+        self.seed, self.pad_token_id, self.sample_share = seed, pad_token_id, sample_share
         self.steps_per_epoch = math.ceil(len(dataset) / settings.global_batch_size)
         if num_steps is None:
             assert num_epochs is not None
@@ -83,7 +91,22 @@ class BatchPlan:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The step's global batch in pieces that each fit into one forward pass."""
-        return _micro_batches(self.dataset, self.rows(step), self.settings, self.pad_token_id)
+        sample = dict.fromkeys(self.sample(step))
+        rest = [row for row in self.rows(step) if row not in sample]
+        batches = _micro_batches(self.dataset, rest, self.settings, self.pad_token_id) if rest else []
+        if sample:
+            sampled = _micro_batches(self.dataset, list(sample), _for_sample(self.settings), self.pad_token_id)
+            batches = [dataclasses.replace(batch, is_sample=True) for batch in sampled] + batches
+        return batches
+
+    def sample(self, step: int) -> list[int]:
+        """The rows of a step's sample, in the order of the global batch."""
+        if self.sample_share is None:
+            return []
+        rows = self.rows(step)
+        draw = np.random.default_rng([self.seed, step, _SAMPLE_STREAM])
+        size = min(max(1, round(self.sample_share * len(rows))), len(rows))
+        return [rows[i] for i in sorted(draw.choice(len(rows), size, replace=False))]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.settings.shuffle:
@@ -207,6 +230,16 @@ def _micro_batches(dataset: Samples, rows: Sequence[int], settings: BatchSetting
     size = most or 1
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return [_padded_to_fit(dataset, own, settings, pad_token_id) for own in groups]
+
+
+def _for_sample(settings: BatchSettings) -> BatchSettings:
+    most = settings.micro_batch_size
+    assert most != "auto"  # see `_check`
+    return dataclasses.replace(
+        settings,
+        micro_batch_tokens=max(1, settings.micro_batch_tokens // _SAMPLE_BUDGET),
+        micro_batch_size=None if most is None else max(1, most // _SAMPLE_BUDGET),
+    )
 
 
 def _packs(dataset: Samples, rows: Sequence[int], settings: BatchSettings, most: int | None) -> list[Batch]:

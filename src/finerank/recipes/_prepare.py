@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finerank.adapters.adapter_set import AdapterSet
 from finerank.adapters.files import brings_tokens
 from finerank.adapters.local_learning import LocalLearning
+from finerank.adapters.lu_lora import sample_share
 from finerank.checkpoints.native import Checkpoint
 from finerank.data.dataset import Splits, load_splits
 from finerank.data.loader import BatchPlan
@@ -81,7 +82,8 @@ def prepare(settings: "Settings", folder: Path, *, say: Callable[[str], None]) -
         found = choose_split(settings, loaded.model, splits.train, checkpoint, **own)
         settings = dataclasses.replace(settings, **found)
     splits = start.with_references(splits, settings, loaded, trained, loss_function, pad_token_id=pad, say=say)
-    plan = BatchPlan(splits.train, settings, seed=settings.seed, **_length(settings), pad_token_id=pad)
+    how = _length(settings) | {"pad_token_id": pad, "sample_share": sample_share(settings)}
+    plan = BatchPlan(splits.train, settings, seed=settings.seed, **how)
     return Parts(
         settings=settings,
         folder=folder,

@@ -1,6 +1,6 @@
 """What the training loop is given: which rows a step takes, what is trained, what learns beside the optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -27,7 +27,7 @@ class Trainable(Protocol):
 class LocalUpdate(Protocol):
     """Parameters that learn without the optimizer; see `finerank.adapters.lu_lora.LocalLearning`."""
 
-    def begin_step(self, step: int) -> None: ...
+    def begin_step(self, step: int, *, sampled: Sequence[bool], counts: Sequence[int]) -> None: ...
 
     def begin_micro_batch(self, number: int) -> None: ...
 

@@ -25,7 +25,7 @@ from finerank.files import replace_file
 from finerank.train.held_out import LossFunction
 from finerank.train.state import parameters_of, seed_everything
 
-_BATCH_TENSORS = tuple(f.name for f in fields(Batch) if f.name != "rows")
+_BATCH_TENSORS = tuple(f.name for f in fields(Batch) if f.name not in ("rows", "is_sample"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,10 +32,14 @@ class LocalRule(ABC):
     """Whether `gradients` is asked, with the gradient of the hidden state above the local layers; else `add`."""
     learns_by_optimizer: ClassVar[bool] = False
     """Whether `lora_B` gets a gradient from the rule, and the run's optimizer applies it; else the rule applies it."""
+    learns_from_sample: ClassVar[bool] = False
+    """Whether a sample of the step's rows is backpropagated through local layers; both factors then get gradients."""
     only_into_residual: ClassVar[bool] = False
     """Whether only linears that write into the residual stream can learn (o_proj, down_proj)."""
     default_ratio: ClassVar[float] = 24.0
     """Learning rate of `lora_B` over that of `lora_A`."""
+    default_lr_share: ClassVar[float] = 1.0
+    """Learning rate of `lora_A` over the run's, where the optimizer applies it and none is given."""
     decay_by_depth: ClassVar[float] = 0.0
     """The optimizer's learning rate d layers below the last local one is multiplied by `exp(-decay_by_depth * d)`."""
     default_rank: ClassVar[int | None] = None

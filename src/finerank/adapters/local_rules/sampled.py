@@ -1,0 +1,41 @@
+"""Exact gradients from a sample of the rows: what broadcast errors cannot say, at a fraction of its price.
+
+    --lu-lora-rule sampled --lu-lora-sample 0.25
+
+In each step a random share of the rows is backpropagated through all layers, the local ones too, in micro-batches a
+quarter as large as the others. The other rows pass the local layers without a graph, and teach only the layers above.
+So this rule is not local in the strict sense: it buys the true direction with fewer rows, where `feedback` buys all
+rows with a direction that is wrong further down.
+
+The gradient of a local factor is the sample's mean, which is an unbiased estimate of that of the whole step. AdamW of
+the run applies it, clipped with the others; both factors learn, in all linears that the run adapts.
+"""
+
+from torch import Tensor
+
+from finerank.adapters.local_rules._rule import LocalRule, Signal, Signals
+from finerank.adapters.lora import LoRALinear
+
+
+class RULE(LocalRule):
+    """See the module's docstring."""
+
+    learns_by_optimizer = True
+    learns_from_sample = True
+    default_ratio = 1.0
+    default_lr_share = 2.0
+
+    def begin_step(self, step: int) -> None:
+        """Forget the gradients of a step that was not finished."""
+        for layer in self.layers:
+            layer.lora_A.grad = layer.lora_B.grad = None
+
+    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
+        """Nothing: the other rows do not teach."""
+        return ()
+
+    def add(self, signals: Signals) -> None:
+        """Nothing, as they gave nothing."""
+
+    def update(self, *, lr_a: float, lr_b: float) -> None:
+        """Nothing: the factors are the optimizer's."""
