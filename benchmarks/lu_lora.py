@@ -138,17 +138,19 @@ def time_steps(args: argparse.Namespace) -> None:
             if step:
                 seconds[name].append(clock() - start)
         if step:  # each round is a result, should this one be the last
-            found = {n: {"step_seconds": statistics.median(seconds[n]), "activation_bytes": kept[n]} for n in steppers}
+            found: dict[str, dict[str, Any]] = {
+                n: {"step_seconds": statistics.median(own), "activation_bytes": kept[n], "seconds": own}
+                for n, own in seconds.items()
+            }
             (args.out / "steps.json").write_text(json.dumps(found, indent=2) + "\n")
     lora = found.get("lora 0")
     for name, cell in found.items():
         ratio = ""
         if lora is not None:
-            times, bytes_ = (
-                cell["step_seconds"] / lora["step_seconds"],
-                cell["activation_bytes"] / lora["activation_bytes"],
-            )
-            ratio = f"  {times:.2f}x LoRA's step, {bytes_:.2f}x its activations"
+            times = sorted(one / whole for one, whole in zip(cell["seconds"], lora["seconds"], strict=True))
+            bytes_ = cell["activation_bytes"] / lora["activation_bytes"]
+            ratio = f"  {statistics.median(times):.2f}x LoRA's step ({times[0]:.2f}-{times[-1]:.2f}, round by round), "
+            ratio += f"{bytes_:.2f}x its activations"
         print(f"{name:>15}: {cell['step_seconds']:.2f} s, {cell['activation_bytes'] / 2**20:.1f} MiB{ratio}")
 
 
