@@ -36,6 +36,12 @@ tune_step.SETUPS.update(
             (*_TRAINER, "4"),
             LARGE_PAGES,
         ),
+        "peft-4bit-best": Setup(
+            "PEFT + bitsandbytes NF4, HF Trainer (bf16, micro-batch 1, eager, finerank's allocator settings, no spinning)",
+            "hf_trainer.py",
+            (*_TRAINER, "4", "--attention", "eager"),
+            ENVIRONMENT | {"OMP_WAIT_POLICY": "passive"},
+        ),
         "peft-8bit": Setup(
             "PEFT + bitsandbytes int8, HF Trainer (bf16, micro-batch 1, large pages)",
             "hf_trainer.py",
@@ -44,7 +50,7 @@ tune_step.SETUPS.update(
         ),
     }
 )
-CONTESTANTS = ["finerank", "finerank-4bit", "finerank-8bit", "peft-4bit"]
+CONTESTANTS = ["finerank", "finerank-4bit", "finerank-8bit", "peft-4bit-best"]
 
 
 def losses_over_one_base(args: argparse.Namespace, folder: Path, names: list[str]) -> dict[str, float]:
