@@ -191,8 +191,8 @@ def make_stepper(args: argparse.Namespace, method: str, last: int | None) -> Cal
         model.train()
         batches = plan.micro_batches(number)
         if local is not None:
-            counts = [batch.num_trained_tokens for batch in batches]
-            local.begin_step(number, sampled=[batch.is_sample for batch in batches], counts=counts)
+            num_rows = [len(batch.rows) for batch in batches]
+            local.begin_step(number, sampled=[batch.is_sample for batch in batches], num_rows=num_rows)
         for _ in backward(batches, forward, 1000.0):
             pass
         clip_gradients([p for _, p in named], 1.0)

@@ -63,7 +63,7 @@ def step(model: nn.Module, local: LocalLearning, batches: Sequence[Batch], *, ba
     """As the training loop takes it, up to the gradients."""
     counts = [one.num_trained_tokens for one in batches]
     model.train()
-    local.begin_step(0, sampled=[one.is_sample for one in batches], counts=counts)
+    local.begin_step(0, sampled=[one.is_sample for one in batches], num_rows=[len(one.rows) for one in batches])
 
     def forward(i: int, one: Batch) -> Tensor:
         local.begin_micro_batch(i)
@@ -81,8 +81,8 @@ def is_local(name: str, last: int = 1) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_local_factors_get_the_mean_gradient_of_the_sample(family: str):
-    """By plain backpropagation: the sample's alone below the boundary, that of all rows above it."""
+def test_local_factors_get_the_gradient_of_the_sample(family: str):
+    """By plain backpropagation: below the boundary the sample's, times all rows over its rows; above, that of all."""
     sample, others = [in_sample(batch(0)), in_sample(batch(1, rows=1))], [batch(2, rows=3), batch(3, rows=2, length=7)]
     model, adapters, local = make(family=family)
     step(model, local, [*sample, *others])
@@ -91,14 +91,15 @@ def test_local_factors_get_the_mean_gradient_of_the_sample(family: str):
     for rows in (sample, sample + others):
         plain, lora = make_lora(family)
         plain.train()
-        count = sum(one.num_trained_tokens for one in rows)
+        count = sum(one.num_trained_tokens for one in sample + others)
+        num_rows = [sum(len(one.rows) for one in part) for part in (sample + others, rows)]
         for one in rows:
-            (batch_loss_sum(plain, one) / count).backward()
+            (batch_loss_sum(plain, one) / count * (num_rows[0] / num_rows[1])).backward()
         wanted[len(rows)] = gradients(lora)
     assert len(found) == 2 * 7 * NUM_LAYERS
     for name, gradient in found.items():
         right, wrong = (wanted[2], wanted[4]) if is_local(name) else (wanted[4], wanted[2])
-        torch.testing.assert_close(gradient, right[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient, right[name], rtol=1e-4, atol=1e-6)
         assert (gradient - right[name]).norm() < 0.01 * (gradient - wrong[name]).norm(), name
 
 
@@ -125,7 +126,7 @@ def test_only_the_sample_has_a_graph_below_the_boundary():
 
     model.train()
     batches = [batch(0), in_sample(batch(1)), batch(2)]
-    local.begin_step(0, sampled=[one.is_sample for one in batches], counts=[1, 1, 1])
+    local.begin_step(0, sampled=[one.is_sample for one in batches], num_rows=[1, 1, 1])
     for i, one in enumerate(batches):
         has_graph.append([])
         local.begin_micro_batch(i)
@@ -209,6 +210,10 @@ def test_the_plan_sets_the_sample_apart(how: dict[str, Any]):
             assert len(one.rows) <= (8 if not one.is_sample else 2) or settings.pack
         assert [one.rows for one in again.micro_batches(number)] == [one.rows for one in batches]
         assert [one.is_sample for one in batches] == sorted((one.is_sample for one in batches), reverse=True)
+        trained = {row: _Rows(70).lengths[row] - 1 for row in plan.rows(number)}
+        groups = np.array_split(sorted(trained.values()), len(sample))
+        for row_trained, group in zip(sorted(trained[row] for row in sample), groups, strict=True):
+            assert group[0] <= row_trained <= group[-1]
         samples.append(sorted(row % 16 for row in sample))
         assert not any(one.is_sample for one in plain.micro_batches(number))
     assert len({tuple(s) for s in samples}) > 1

@@ -72,21 +72,21 @@ class LocalLearning:
         """Whether the micro-batch that this thread has in work is backpropagated through the local layers."""
         return self._gathering.is_sampled and torch.is_grad_enabled()
 
-    def begin_step(self, step: int, *, sampled: Sequence[bool] = (), counts: Sequence[int] = ()) -> None:
+    def begin_step(self, step: int, *, sampled: Sequence[bool] = (), num_rows: Sequence[int] = ()) -> None:
         """Forget what an interrupted step gathered.
 
         Args:
             step: optimizer steps finished so far.
             sampled: which of the step's micro-batches are of the sample.
-            counts: what each adds to the number that the step's loss is a mean over.
+            num_rows: how many rows each has.
         """
         self.is_learning = self.freeze_after is None or step < self.freeze_after
         self._saw_training, self._gathering = False, _Gathering()
         self._waiting: dict[int, Signals] = {}
         self._num_added = 0
         self._sampled = sampled if self.is_learning and self.rule.learns_from_sample else ()
-        in_sample = sum(count for count, is_sampled in zip(counts, sampled, strict=True) if is_sampled)
-        self._sample_weight = sum(counts) / max(in_sample, 1)
+        in_sample = sum(num for num, is_sampled in zip(num_rows, sampled, strict=True) if is_sampled)
+        self._sample_weight = sum(num_rows) / max(in_sample, 1)
         self.rule.begin_step(step)
 
     def begin_micro_batch(self, number: int) -> None:

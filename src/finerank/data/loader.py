@@ -53,7 +53,7 @@ class BatchPlan:
         num_epochs: passes over the data, perhaps a fraction; or
         num_steps: optimizer steps, over as many epochs as that takes.
         pad_token_id: what fills padded positions.
-        sample_share: this share of each step's rows, drawn at random, at least one, comes first and in micro-batches of
+        sample_share: this share of each step's rows, at least one, comes first (see `sample`) and in micro-batches of
             its own, a quarter as large (`Batch.is_sample`); None: no row is set apart.
 
     Raises ConfigError for sizes that no batch can have.
@@ -100,13 +100,21 @@ class BatchPlan:
         return batches
 
     def sample(self, step: int) -> list[int]:
-        """The rows of a step's sample, in the order of the global batch."""
+        """The rows of a step's sample, in the order of the global batch.
+
+        One at random of each group of rows with about as many trained tokens, so that samples differ less in them.
+        """
         if self.sample_share is None:
             return []
         rows = self.rows(step)
         draw = np.random.default_rng([self.seed, step, _SAMPLE_STREAM])
         size = min(max(1, round(self.sample_share * len(rows))), len(rows))
-        return [rows[i] for i in sorted(draw.choice(len(rows), size, replace=False))]
+        groups = np.array_split(np.argsort(self._trained_tokens(rows), kind="stable"), size)
+        return [rows[i] for i in sorted(int(draw.choice(group)) for group in groups)]
+
+    def _trained_tokens(self, rows: Sequence[int]) -> list[int]:
+        samples = _read(self.dataset, rows)
+        return [sum(int((own.targets != IGNORE_INDEX).sum()) for own in sample) for sample in samples]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.settings.shuffle:

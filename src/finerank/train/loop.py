@@ -216,8 +216,8 @@ class TrainLoop:
         lr = self.learning_rate(state.step)
         self.model.train()
         if self.local is not None:
-            counts = [count_of(self.loss_function, batch) for batch in batches]
-            self.local.begin_step(state.step, sampled=[batch.is_sample for batch in batches], counts=counts)
+            num_rows = [len(batch.rows) for batch in batches]
+            self.local.begin_step(state.step, sampled=[batch.is_sample for batch in batches], num_rows=num_rows)
         try:
             loss = self._accumulate(batches)
             with record_function("finerank::optimizer"):

@@ -7,8 +7,10 @@ quarter as large as the others. The other rows pass the local layers without a g
 So this rule is not local in the strict sense: it buys the true direction with fewer rows, where `feedback` buys all
 rows with a direction that is wrong further down.
 
-The gradient of a local factor is the sample's mean, which is an unbiased estimate of that of the whole step. AdamW of
-the run applies it, clipped with the others; both factors learn, in all linears that the run adapts.
+The gradient of a local factor is the sample's, times the step's rows over the sample's: an unbiased estimate of that of
+the whole step. The rows are drawn one from each group of rows with about as many trained tokens, which makes it less
+noisy (`data.loader.BatchPlan.sample`). AdamW of the run applies it, clipped with the others; both factors learn, in all
+linears that the run adapts.
 """
 
 from torch import Tensor
