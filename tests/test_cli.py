@@ -85,14 +85,21 @@ def test_an_unknown_flag_of_each_verb_is_one_sentence(verb: str, capsys: pytest.
     assert "--config" in said and said.count("\n") == 1 and "Traceback" not in said
 
 
-@pytest.mark.parametrize("flag", sorted(registry.load(cli.RECIPES, "preprocess", "verb").Settings.REPLACED_FLAGS))
-def test_a_flag_of_another_program_says_what_to_use_instead(flag: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["preprocess", "--input", "a", "--output-prefix", "b", flag, "0.5"]) == 2
+REPLACED = [
+    (verb, flag)
+    for verb in ("preprocess", "tune")
+    for flag in registry.load(cli.RECIPES, verb, "verb").Settings.REPLACED_FLAGS
+]
+
+
+@pytest.mark.parametrize(("verb", "flag"), REPLACED)
+def test_a_flag_of_another_program_says_what_to_use_instead(verb: str, flag: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([verb, *example(verb), flag, "0.5"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"finerank: finerank preprocess has no {flag}: ") and said.count("\n") == 1
+    assert said.startswith(f"finerank: finerank {verb} has no {flag}: ") and said.count("\n") == 1
     settings = [registry.load(cli.RECIPES, verb, "verb").Settings for verb in ("preprocess", "tune")]
     known = {flag_name(field.name) for own in settings for field in dataclasses.fields(own)}
-    assert set(re.findall(r"--[a-z-]+", said)) - {flag} <= known
+    assert set(re.findall(r"--[a-z0-9-]+", said)) - {flag} <= known
 
 
 @pytest.mark.parametrize("argv", [["tnue"], ["../cli"], ["--foo"], [""], ["tune.py"]])

@@ -20,6 +20,7 @@ from finerank.config import setting
 from finerank.data.settings import DataSettings
 from finerank.errors import ConfigError
 from finerank.models.settings import ModelSettings, VocabularySettings
+from finerank.recipes._megatron_flags import REPLACED
 from finerank.train.settings import TrainSettings, check_method, check_preference_settings, check_train_settings
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Settings(ModelSettings, VocabularySettings, DataSettings, AdapterSettings,
     """All settings of tune."""
 
     IGNORED_FLAGS: ClassVar[tuple[str, ...]] = tuple(_IGNORED.split())
+    REPLACED_FLAGS: ClassVar[dict[str, str]] = REPLACED
 
     qlora_save_dequantize: bool = setting(
         False, help="with --load-4bit or --load-8bit: write the dequantised base into the run folder at the end"
