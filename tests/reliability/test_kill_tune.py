@@ -1,4 +1,4 @@
-"""SIGKILL at random instants of `finerank tune` on a tiny model, and `--resume auto`: the same adapter comes out.
+"""SIGKILL at random instants of `finerank tune` on a tiny model, and `--resume auto`: the same weights come out.
 
 Here the whole program is killed, preprocessing, loading and the last files included; `test_kill_loop` does the same
 to the loop alone, far more often. Half of the kills fall at any time, the others are aimed into one part of the run.
@@ -18,6 +18,7 @@ from moments import PARTS, Moments
 
 from finerank import cli
 from finerank.checkpoints import native
+from finerank.checkpoints.checksums import check_checksums
 from finerank.files import sha256_file
 from finerank.train.metrics import read_metrics
 
@@ -43,6 +44,8 @@ METHODS = {
     "modules-to-save": ["--modules-to-save", "lm_head", "--final-adapter", "best"],
     "4bit": ["--load-4bit"],
     "8bit-lu-lora": ["--load-8bit", *LU],
+    "full": ["--method", "full", "--lr", "1e-3", "--async-save"],
+    "full-bf16": ["--method", "full", "--lr", "1e-3", "--dtype", "bf16", "--final-adapter", "best"],
     "plain-text": ["--stage", "pt", "--async-save"],
     "pairs": ["--stage", "dpo", "--lr", "0.003"],
     "pairs-padded-lu-lora": ["--stage", "dpo", "--pref-loss", "simpo", "--no-pack", "--async-save", *LU],
@@ -68,9 +71,11 @@ def tune(base: Path, rows: Path, run: Path, moments: Moments, *flags: str) -> in
     stage = flags[flags.index("--stage") + 1] if "--stage" in flags else "sft"
     data = rows.with_suffix({"sft": ".jsonl", "pt": ".txt", "dpo": ".pairs.jsonl"}[stage])
     argv = ["tune", "--load", str(base), "--data-path", str(data), "--output-dir", str(run), "--resume", "auto"]
-    argv += ["--dtype", "fp32", "--device", "cpu", "--seq-length", "96", "--lora-r", "4", "--log-interval", "1000"]
+    argv += ["--device", "cpu", "--seq-length", "96", "--log-interval", "1000"]
     argv += ["--num-epochs", "2.5", "--global-batch-size", "6", "--micro-batch-tokens", "256", "--val-set-size", "4"]
     argv += ["--save-interval", "2", "--eval-interval", "4", *([] if "--lr" in flags else ["--lr", "0.01"]), *flags]
+    argv += [] if "--dtype" in flags else ["--dtype", "fp32"]
+    argv += [] if "full" in flags else ["--lora-r", "4"]
     with moments.told():
         return cli.main(argv)
 
@@ -78,7 +83,11 @@ def tune(base: Path, rows: Path, run: Path, moments: Moments, *flags: str) -> in
 def outcome(run: Path) -> tuple[str, list[dict]]:
     timed = ("step_seconds", "peak_memory_bytes")
     rows = [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run / "metrics.jsonl")]
-    return sha256_file(run / "adapter_model.safetensors"), rows
+    weights = run / "adapter_model.safetensors"
+    if (whole := run / "model").is_dir():
+        check_checksums(whole)
+        weights = whole / "model.safetensors"
+    return sha256_file(weights), rows
 
 
 def killed(child: children.BaseProcess, moments: Moments, rng: random.Random) -> str | None:
