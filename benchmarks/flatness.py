@@ -5,15 +5,17 @@
 
 data         rows of the data set: 100 to 100,000; `finerank tune` itself, from a JSON file of rows, 16 a step
 length       tokens of each row: 128 to 8,192; micro-batches of 8,192 tokens; attention is timed apart
-batch        rows of a step: 16 to 256 of 128 tokens; micro-batches of 2,048 tokens
+batch        rows of a step: 8 to 128 of 128 tokens; micro-batches of 1,024 tokens
 vocabulary   49,152 to 262,144 words; micro-batches of 2,048 tokens; the peak is without the vocabulary's own weights
-budget       tokens of a micro-batch: 1,024 to 8,192, which is what memory may depend on
+budget       tokens of a micro-batch: 1,024 to 4,096, which is what memory may depend on
 
-The model is random, of SmolLM2-135M's layer shapes with fewer layers, in bf16. With --output each point is kept as soon
-as it is there, and the next call goes on with those that are missing. Prints tables.
+The model is random, of SmolLM2-135M's layer shapes with fewer layers, in bf16. With OMP_NUM_THREADS=1 times are of
+the CPU for this process alone, so that what else the machine does hardly counts; else the clock's. With --output
+each point is kept as soon as it is there, and the next call goes on with those that are missing. Prints tables.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,9 +40,9 @@ from finerank.models.runtime import ENVIRONMENT  # noqa: E402
 AXES: dict[str, tuple[int, ...]] = {
     "data": (100, 1_000, 10_000, 100_000),
     "length": (128, 512, 2_048, 8_192),
-    "batch": (16, 64, 256),
+    "batch": (8, 32, 128),
     "vocabulary": (49_152, 131_072, 262_144),
-    "budget": (1_024, 2_048, 4_096, 8_192),
+    "budget": (1_024, 2_048, 4_096),
 }
 UNITS = {
     "data": "rows of data",
@@ -48,28 +51,49 @@ UNITS = {
     "vocabulary": "words",
     "budget": "tokens a micro-batch",
 }
-LAYERS, VOCABULARY = 4, 49_152
+LAYERS, VOCABULARY, SMALL_VOCABULARY = 4, 49_152, 16_384
+WITH_PARTS = ("length", "vocabulary")
 Point = dict[str, float]
 
 
+def clock() -> float:
+    """Seconds: of the CPU where there is one thread, else of the clock."""
+    import torch
+
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def peak_mib() -> float:
+    """Most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def tuned(num_rows: int, steps: int, tokenizer: str) -> Point:
-    """`finerank tune` on so many rows, in a process of its own."""
+    """`finerank tune` on so many rows, in this process."""
+    from finerank.recipes._prepare import prepare
+    from finerank.recipes.tune import Settings, make_loop
+
     with tempfile.TemporaryDirectory() as folder:
         data, config, run = Path(folder) / "rows.json", Path(folder) / "config.json", Path(folder) / "run"
         write_rows(data, num_rows)
         config.write_text(json.dumps(smollm2_shape()))
-        command = [
-            sys.executable, "-m", "finerank", "tune", "--model-config", str(config), "--dtype", "bf16",
-            "--tokenizer-name-or-path", tokenizer, "--data-path", str(data), "--no-data-cache", "--seq-length", "512",
-            "--train-iters", str(steps + 1), "--global-batch-size", "16", "--output-dir", str(run),
-        ]  # fmt: skip
-        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = [row for row in rows if row["step"] > 1]
-    return {
-        "milliseconds_per_token": min(1e3 * row["step_seconds"] / row["trained_tokens"] for row in timed),
-        "peak_mib": timed[-1]["peak_memory_bytes"] / 2**20,
-    }
+        settings = Settings(
+            model_config=str(config), dtype="bf16", tokenizer_name_or_path=tokenizer, data_path=[str(data)],
+            data_cache=False, seq_length=512, train_iters=steps + 1, global_batch_size=16, output_dir=str(run),
+        )  # fmt: skip
+        loop = make_loop(prepare(settings, run, say=print))
+        seconds: list[float] = []
+
+        @contextlib.contextmanager
+        def timed(step: int) -> Iterator[None]:
+            started = clock()
+            yield
+            assert loop.state.pending is not None
+            seconds.append((clock() - started) / loop.state.pending["trained_tokens"])
+
+        loop.around_step = timed
+        loop.run()
+    return {"milliseconds_per_token": 1e3 * min(seconds[1:]), "peak_mib": peak_mib()}
 
 
 def smollm2_shape() -> dict[str, Any]:
@@ -104,10 +128,12 @@ def stepped(axis: str, value: int, steps: int) -> Point:
     from finerank.data.tokens import Source, TokenDataset
     from finerank.train.profile import times_by_part
 
-    budget = value if axis == "budget" else 8_192 if axis == "length" else 2_048
+    budget = {"budget": value, "length": 8_192, "batch": 1_024, "vocabulary": 2_048}[axis]
     length = value if axis == "length" else 128
-    rows = value if axis == "batch" else max(8_192, 2 * budget) // length if axis != "vocabulary" else 4_096 // length
-    vocabulary = value if axis == "vocabulary" else VOCABULARY
+    rows = {"budget": 2 * budget // length, "length": budget // length, "batch": value, "vocabulary": budget // length}[
+        axis
+    ]
+    vocabulary = value if axis == "vocabulary" else SMALL_VOCABULARY
     model, parameters, loss_of = finerank_parts(LAYERS, vocabulary)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     num_rows = rows * (steps + 2)
@@ -132,20 +158,18 @@ def stepped(axis: str, value: int, steps: int) -> Point:
     step(0)
     seconds, trained = [], 0
     for number in range(1, steps + 1):
-        started = time.perf_counter()
+        started = clock()
         trained = step(number)
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the profiler, which needs some
+        seconds.append(clock() - started)
+    found = {"milliseconds_per_token": 1e3 * min(seconds) / trained, "peak_mib": peak_mib() - weights / 2**20}
+    if axis not in WITH_PARTS:
+        return found
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as watched:
         step(steps + 1)
     parts, _ = times_by_part(list(watched.events() or ()), low_rank=48, on_gpu=False)
-    whole = 1e3 * min(seconds) / trained
-    return {
-        "milliseconds_per_token": whole,
-        "without_attention": whole * (1 - parts["attention"] / sum(parts.values())),
-        "head": whole * parts["head"] / sum(parts.values()),
-        "peak_mib": (peak - weights) / 2**20,
-    }
+    shares = {name: parts[name] / sum(parts.values()) for name in ("attention", "head")}
+    whole = found["milliseconds_per_token"]
+    return found | {"without_attention": whole * (1 - shares["attention"]), "head": whole * shares["head"]}
 
 
 def environment() -> dict[str, str]:
@@ -156,16 +180,17 @@ def environment() -> dict[str, str]:
 
 def point(axis: str, value: int, args: argparse.Namespace) -> Point:
     """One point, measured in a process of its own."""
-    if axis == "data":
-        return tuned(value, args.steps, args.tokenizer)
     command = [sys.executable, __file__, "--point", axis, str(value), "--steps", str(args.steps)]
-    found = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
+    command += ["--tokenizer", args.tokenizer]
+    found = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(f"{axis} {value} failed; its last words:\n{found.stderr[-2000:]}")
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def table(axis: str, found: dict[str, list[Point]]) -> str:
     """A Markdown table of an axis: the fastest round's time and the largest peak of each point."""
-    has_parts = axis != "data"
+    has_parts = axis in WITH_PARTS
     names = ["milliseconds_per_token"] + ["without_attention", "head"] * has_parts
     heads = [UNITS[axis], "ms a trained token", "x the first"]
     heads += ["without attention", "x the first", "head alone", "x the first"] * has_parts + ["peak, MiB"]
@@ -202,7 +227,10 @@ def main() -> None:
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
-        print(json.dumps(stepped(args.point[0], int(args.point[1]), args.steps)))
+        axis, value = args.point[0], int(args.point[1])
+        is_tuned = axis == "data"
+        found = tuned(value, args.steps, args.tokenizer) if is_tuned else stepped(axis, value, args.steps)
+        print(json.dumps(found))
         return
     stored = args.output.with_suffix(".json") if args.output else None
     results: dict[str, Any] = json.loads(stored.read_text()) if stored and stored.is_file() else {"axes": {}}

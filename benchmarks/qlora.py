@@ -37,7 +37,7 @@ tune_step.SETUPS.update(
             LARGE_PAGES,
         ),
         "peft-4bit-best": Setup(
-            "PEFT + bitsandbytes NF4, HF Trainer (bf16, micro-batch 1, eager, finerank's allocator settings, no spinning)",
+            "PEFT + bitsandbytes NF4, HF Trainer (bf16, micro-batch 1, eager, finerank's allocator, no spinning)",
             "hf_trainer.py",
             (*_TRAINER, "4", "--attention", "eager"),
             ENVIRONMENT | {"OMP_WAIT_POLICY": "passive"},
