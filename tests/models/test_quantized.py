@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,24 @@ def test_products_share_one_buffer(bits: int):
     thread.start()
     thread.join()
     assert others != [two.data_ptr()]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_threads_do_not_disturb_each_other(bits: int, one_thread: None):
+    """Products and gradients of different linears at the same time: each the bits that it gives alone."""
+    linears = [QuantizedLinear.of(weight(*shape), bits=bits) for shape in ((384, 256), (256, 384), (384, 384))]
+
+    def compute(linear: QuantizedLinear) -> list[Tensor]:
+        x = torch.ones(8, linear.in_features, dtype=torch.bfloat16, requires_grad=True)
+        y = linear(x)
+        return [y.detach(), *torch.autograd.grad(y.sum(), x)]
+
+    def equal_each_time(linear: QuantizedLinear, wanted: list[Tensor]) -> bool:
+        return all(all(map(torch.equal, compute(linear), wanted)) for _ in range(200))
+
+    wanted = [compute(linear) for linear in linears]
+    with ThreadPoolExecutor(len(linears), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        assert all(pool.map(equal_each_time, linears, wanted))
 
 
 def test_a_buffer_made_in_generation_serves_training():
