@@ -98,7 +98,8 @@ def test_the_embeddings_rate_can_be_given():
 
 
 def test_local_B_keeps_its_own_ratio():
-    settings = AdapterSettings(lora_r=4, lu_lora_final_layer_index=0, lu_lora_lr_ratio=5.0, loraplus_lr_ratio=16.0)
+    how = {"lu_lora_final_layer_index": 0, "lu_lora_rule": "feedback", "lu_lora_lr_ratio": 5.0}
+    settings = AdapterSettings(lora_r=4, loraplus_lr_ratio=16.0, **how)  # type: ignore[arg-type]
     model = tiny_model("llama", num_hidden_layers=2).requires_grad_(False)
     adapters = inject_adapters(model, settings, seed=1)
     start_local_learning(adapters, settings, lr=1e-3, seed=1)

@@ -32,6 +32,7 @@ from tiny import VOCAB_SIZE, tiny_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "lu_lora" / "lu_lora.pt"
 NUM_LAYERS = 4
+FEEDBACK = {"lu_lora_final_layer_index": 1, "lu_lora_rule": "feedback"}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ class TestFeedback:
 
     def test_the_pass_for_A_ends_at_the_boundary_and_keeps_nothing(self):
         model = tiny_model("llama", num_hidden_layers=NUM_LAYERS).requires_grad_(False)
-        settings = AdapterSettings(lora_r=4, lu_lora_r=8, lu_lora_final_layer_index=1)
+        settings = AdapterSettings(lora_r=4, lu_lora_r=8, lu_lora_final_layer_index=1, lu_lora_rule="feedback")
         adapters = inject_adapters(model, settings, seed=1)
         verified_head(model)
         called = Counter[int]()
@@ -246,7 +247,7 @@ class TestFeedback:
 
     def test_the_pass_for_A_takes_less_memory_than_a_step(self):
         model = tiny_model("llama", num_hidden_layers=NUM_LAYERS).requires_grad_(False)
-        settings = AdapterSettings(lora_r=4, lu_lora_r=8, lu_lora_final_layer_index=1)
+        settings = AdapterSettings(lora_r=4, lu_lora_r=8, lu_lora_final_layer_index=1, lu_lora_rule="feedback")
         adapters = inject_adapters(model, settings, seed=1)
         one = batch(0, rows=16, length=64)
         passes = passes_of(model, one)
@@ -477,14 +478,14 @@ def test_choices_are_the_rules_in_the_folder():
         ({"lu_lora_final_layer_index": -1}, ConfigError, "give 0 to 2"),
         ({"lu_lora_final_layer_index": None, "lu_lora_lr": 1e-3}, ConfigError, "no effect without"),
         ({"lu_lora_final_layer_index": None, "lu_lora_rule": "oja"}, ConfigError, "no effect without"),
-        ({"lu_lora_final_layer_index": 1, "lora_target_modules": ["q_proj"]}, AdapterError, "add o_proj or down_proj"),
+        ({**FEEDBACK, "lora_target_modules": ["q_proj"]}, AdapterError, "add o_proj or down_proj"),
         (
             {"lu_lora_final_layer_index": 1, "lora_target_modules": ["layers.0.mlp.down_proj"]},
             AdapterError,
             "nothing would be backpropagated",
         ),
         ({"lu_lora_final_layer_index": 1, "lu_lora_r": 0}, ConfigError, "--lu-lora-r is 0"),
-        ({"lu_lora_final_layer_index": 1, "lu_lora_r": 999}, ConfigError, "input features to find components of"),
+        ({**FEEDBACK, "lu_lora_r": 999}, ConfigError, "input features to find components of"),
         ({"lu_lora_final_layer_index": 1, "lu_lora_lr_ratio": -1.0}, ConfigError, "--lu-lora-lr-ratio must be"),
         ({"lu_lora_final_layer_index": 1, "lora_target_modules": ["embed_tokens"]}, ConfigError, "embed_tokens"),
     ],

@@ -217,7 +217,10 @@ def test_the_plan_sets_the_sample_apart(how: dict[str, Any]):
         samples.append(sorted(row % 16 for row in sample))
         assert not any(one.is_sample for one in plain.micro_batches(number))
     assert len({tuple(s) for s in samples}) > 1
-    assert BatchPlan(_Rows(70), settings, sample_share=0.001, **given).sample(0)  # at least one row
+    assert len(BatchPlan(_Rows(70), settings, sample_share=0.001, **given).sample(0)) == 1
+    first = BatchPlan(_Rows(70), settings, sample_share=0.25, num_sampled_steps=2, **given)
+    assert [bool(first.sample(number)) for number in range(4)] == [True, True, False, False]
+    assert first.sample(1) == plan.sample(1)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ FAST += ["--lr", "0.02", "--global-batch-size", "8", "--val-set-size", "8", "--s
 LU = ["--lu-lora-final-layer-index", "1"]
 METHODS = {
     "lora": [],
-    "feedback": [*LU, "--lu-lora-r", "8"],
+    "feedback": [*LU, "--lu-lora-rule", "feedback", "--lu-lora-r", "8"],
+    "sampled": [*LU, "--lu-lora-rule", "sampled", "--lu-lora-r", "8", "--lu-lora-sample", "0.3"],
     "frozen": [*LU, "--lu-lora-rule", "frozen"],
     "mindspeed": [*LU, "--lu-lora-rule", "mindspeed", "--lu-lora-lr", "1e-3"],
     "dora": ["--use-dora"],
@@ -33,7 +34,8 @@ METHODS = {
     "orthogonal": ["--init-lora-weights", "orthogonal"],
     "4bit": ["--load-4bit"],
     "4bit-pissa": ["--load-4bit", "--init-lora-weights", "pissa"],
-    "8bit-feedback": ["--load-8bit", *LU],
+    "8bit-feedback": ["--load-8bit", *LU, "--lu-lora-rule", "feedback"],
+    "4bit-sampled": ["--load-4bit", *LU, "--lu-lora-rule", "sampled"],
 }
 
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ["--device", "cpu", "--seq-length", "128", "--lora-r", "4", "--log-interval", "1000", "--seed", "5"]
 FAST += ["--share-prompts", "false"]  # --cache-boundary cannot share them, and sharing rounds otherwise
 LU = ["--lu-lora-final-layer-index", "1", "--global-batch-size", "8", "--num-epochs", "3", "--lr", "0.02"]
+FEEDBACK = [*LU, "--lu-lora-rule", "feedback"]
 FROZEN = [*LU, "--lu-lora-rule", "frozen"]
 ONE_LENGTH = ["--pad-to-multiple-of", "128"]
 
@@ -88,7 +89,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         ("llama", ["--dtype", "bf16", *FROZEN, "--no-pack", "--micro-batch-size", "3", *ONE_LENGTH], 1 / 3),
         ("llama", ["--dtype", "bf16", *FROZEN, "--micro-batch-size", "2", "--lora-dropout", "0.2"], 1 / 3),
         ("gemma3", ["--dtype", "bf16", *FROZEN], 1 / 3),
-        ("llama", ["--dtype", "bf16", *LU, "--lu-lora-freeze-after", "2"], 2 / 3),
+        ("llama", ["--dtype", "bf16", *FEEDBACK, "--lu-lora-freeze-after", "2"], 2 / 3),
+        ("llama", ["--dtype", "bf16", *LU, "--lu-lora-rule", "sampled", "--lu-lora-freeze-after", "2"], 6 / 8),
         ("llama", ["--dtype", "fp32", *LU, "--lu-lora-rule", "mindspeed", "--lu-lora-freeze-after", "0"], 1 / 3),
     ],
 )
@@ -111,7 +113,7 @@ def test_packs_of_rows_from_before_and_after_freezing(
     tmp_path: Path, bases: dict[str, Path], rows: Path, calls: Counter[int]
 ) -> None:
     """Frozen within an epoch: the next one meets stored rows beside new ones, the last one stored rows only."""
-    flags = ["--dtype", "bf16", *LU, "--lu-lora-freeze-after", "1"]
+    flags = ["--dtype", "bf16", *FEEDBACK, "--lu-lora-freeze-after", "1"]
     assert tune(bases["llama"], rows, tmp_path / "plain", *flags) == 0
     calls.clear()
     assert tune(bases["llama"], rows, tmp_path / "cached", *flags, "--cache-boundary") == 0

@@ -28,12 +28,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LU = ["--lu-lora-final-layer-index", "1", "--lr", "0.02"]
 KINDS = {
     "lora": [],
-    "feedback": LU,
+    "feedback": [*LU, "--lu-lora-rule", "feedback"],
     "sampled": [*LU, "--lu-lora-rule", "sampled"],
     "mindspeed": [*LU, "--lu-lora-rule", "mindspeed", "--lu-lora-lr", "1e-3"],
     "oja": [*LU, "--lu-lora-rule", "oja", "--lu-lora-lr", "1e-2"],
     "frozen, cached": [*LU, "--lu-lora-rule", "frozen", "--cache-boundary", "--share-prompts", "false"],
-    "feedback, cached": [*LU, "--lu-lora-freeze-after", "1", "--cache-boundary", "--share-prompts", "false"],
+    "feedback, cached": [
+        *LU,
+        "--lu-lora-rule",
+        "feedback",
+        "--lu-lora-freeze-after",
+        "1",
+        "--cache-boundary",
+        "--share-prompts",
+        "false",
+    ],
     "4 bits": ["--load-4bit"],
     "8 bits, local": ["--load-8bit", *LU],
     "dpo": ["--stage", "dpo"],

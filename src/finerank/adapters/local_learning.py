@@ -67,11 +67,6 @@ class LocalLearning:
         """Whether layers 0 to K compute the same from this step to the end of the run."""
         return not (self.is_learning and self.rule.layers)
 
-    @property
-    def passes_gradients(self) -> bool:
-        """Whether the micro-batch that this thread has in work is backpropagated through the local layers."""
-        return self._gathering.is_sampled and torch.is_grad_enabled()
-
     def begin_step(self, step: int, *, sampled: Sequence[bool] = (), num_rows: Sequence[int] = ()) -> None:
         """Forget what an interrupted step gathered.
 
@@ -115,8 +110,10 @@ class LocalLearning:
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """A local linear's output; in training it is also shown to the rule. Dropout is not applied."""
+        if self.rule.learns_from_sample:
+            with torch.set_grad_enabled(self._gathering.is_sampled and torch.is_grad_enabled()):
+                return layer.adapted(x)
         is_taught = self.is_learning and layer.training and torch.is_grad_enabled()
-        is_taught = is_taught and not self.rule.learns_from_sample
         with torch.no_grad():
             u = F.linear(x, (layer.lora_A * layer.scale).to(x.dtype))
             if is_taught:
@@ -132,7 +129,7 @@ class LocalLearning:
             return None
         now = self._gathering
         hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-        if self.passes_gradients:
+        if now.is_sampled:
             now.is_sampled, self._saw_training = False, True
             weight = self._sample_weight
             hidden.register_hook(lambda error: error * weight)

@@ -27,9 +27,6 @@ from finerank.errors import AdapterError
 class Local(Protocol):
     """Runs a layer that learns without backpropagation; see `adapters.lu_lora`."""
 
-    @property
-    def passes_gradients(self) -> bool: ...
-
     def output(self, layer: "LoRALinear", x: Tensor) -> Tensor: ...
 
 
@@ -99,8 +96,10 @@ class LoRALinear(nn.Module):
         """[..., I] -> [..., O]"""
         if not self.is_active:
             return self.base_layer(x)
-        if self.local is not None and not self.local.passes_gradients:
-            return self.local.output(self, x)
+        return self.adapted(x) if self.local is None else self.local.output(self, x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """The output with the adapter, backpropagated where gradients are on. [..., I] -> [..., O]"""
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
         y = apply_lora([self], x)[0]

@@ -1,4 +1,4 @@
-"""LU-LoRA: the adapters of the lower layers learn by a local rule, without backpropagation.
+"""LU-LoRA: the adapters of the lower layers learn by a cheaper rule, with little backpropagation or none.
 
     adapters = inject_adapters(model, settings, seed=1234)                     # --lu-lora-final-layer-index K
     local = start_local_learning(adapters, settings, lr=2e-4, seed=1234, passes=...)

@@ -7,22 +7,27 @@ from finerank.config import setting
 
 @dataclass(kw_only=True)
 class LocalSettings:
-    """LU-LoRA: the adapters of layers 0 to K learn by a local rule, without backpropagation."""
+    """LU-LoRA: the adapters of layers 0 to K learn by a rule that backpropagates few rows through them, or none."""
 
     lu_lora_final_layer_index: int | None = setting(None, help="LU-LoRA: the last local layer K, counted from 0")
     lu_lora_rule: str = setting(
-        "feedback",
+        "sampled",
         choices=("feedback", "sampled", "mindspeed", "oja", "frozen"),
-        help="LU-LoRA: how local layers learn; frozen gives them no adapter",
+        help="LU-LoRA: how local layers learn; sampled backpropagates a part of the rows through them, frozen gives "
+        "them no adapter",
     )
     lu_lora_r: int | None = setting(
         None, help="LU-LoRA: rank of the local adapters; default: 64 under the feedback rule, else as the others"
     )
     lu_lora_lr: float | None = setting(
-        None, help="LU-LoRA: learning rate of lora_A; default 1.25e-6, or --lr under the feedback rule"
+        None,
+        help="LU-LoRA: learning rate of local lora_A; default 1.25e-6, --lr under the feedback rule, twice --lr under "
+        "the sampled rule",
     )
     lu_lora_lr_ratio: float | None = setting(
-        None, help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, or 3 under the feedback rule"
+        None,
+        help="LU-LoRA: learning rate of local lora_B over lu_lora_lr; default 24, 3 under the feedback rule, 1 under "
+        "the sampled rule",
     )
     lu_lora_sample: float | None = setting(
         None, help="LU-LoRA, sampled rule: share of a step's rows that teach the local layers; default 0.25"

@@ -55,6 +55,7 @@ class BatchPlan:
         pad_token_id: what fills padded positions.
         sample_share: this share of each step's rows, at least one, comes first (see `sample`) and in micro-batches of
             its own, a quarter as large (`Batch.is_sample`); None: no row is set apart.
+        num_sampled_steps: the first steps, which have a sample; None: all have one.
 
     Raises ConfigError for sizes that no batch can have.
     """
@@ -69,6 +70,7 @@ class BatchPlan:
         num_steps: int | None = None,
         pad_token_id: int,
         sample_share: float | None = None,
+        num_sampled_steps: int | None = None,
     ):
         _check(settings)
         assert (num_epochs is None) != (num_steps is None) and len(dataset)
@@ -79,6 +81,7 @@ class BatchPlan:
             assert num_epochs is not None
             num_steps = max(1, math.ceil(round(num_epochs * self.steps_per_epoch, 6)))
         self.num_steps = num_steps
+        self.num_sampled_steps = num_steps if num_sampled_steps is None else num_sampled_steps
         self._order: tuple[int, np.ndarray] | None = None
 
     def rows(self, step: int) -> list[int]:
@@ -104,7 +107,7 @@ class BatchPlan:
 
         One at random of each group of rows with about as many trained tokens, so that samples differ less in them.
         """
-        if self.sample_share is None:
+        if self.sample_share is None or step >= self.num_sampled_steps:
             return []
         rows = self.rows(step)
         draw = np.random.default_rng([self.seed, step, _SAMPLE_STREAM])

@@ -1,4 +1,4 @@
-"""Broadcast-error learning: a three-factor rule of finerank, and LU-LoRA's default.
+"""Broadcast-error learning: a three-factor rule of finerank, without any backpropagation through local layers.
 
 The residual stream carries an error down almost unchanged. So the gradient g of the loss with respect to the hidden
 state above the local layers, which the upper part computes anyway, stands in for the gradient at every linear below

@@ -1,4 +1,4 @@
-"""Exact gradients from a sample of the rows: what broadcast errors cannot say, at a fraction of its price.
+"""Exact gradients from a sample of the rows, LU-LoRA's default: what broadcast errors cannot say, at part of its price.
 
     --lu-lora-rule sampled --lu-lora-sample 0.25
 
@@ -15,7 +15,7 @@ linears that the run adapts.
 
 from torch import Tensor
 
-from finerank.adapters.local_rules._rule import LocalRule, Signal, Signals
+from finerank.adapters.local_rules._rule import LocalRule, Signal
 from finerank.adapters.lora import LoRALinear
 
 
@@ -33,11 +33,8 @@ class RULE(LocalRule):
             layer.lora_A.grad = layer.lora_B.grad = None
 
     def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
-        """Nothing: the other rows do not teach."""
-        return ()
-
-    def add(self, signals: Signals) -> None:
-        """Nothing, as they gave nothing."""
+        """Not reached: a row is in the sample or does not teach."""
+        raise AssertionError("the sampled rule gathers nothing")
 
     def update(self, *, lr_a: float, lr_b: float) -> None:
         """Nothing: the factors are the optimizer's."""
