@@ -197,7 +197,7 @@ def test_copies_of_a_model_are_independent():
         ({"use_dora": True}, ConfigError, "--use-dora is for linears"),
         ({"lora_dropout": 0.1}, ConfigError, "--lora-dropout cannot be applied to model.layers.0.mlp.experts"),
         ({"init_lora_weights": "pissa"}, ConfigError, "--init-lora-weights pissa is no start for"),
-        ({"lu_lora_final_layer_index": 0}, ConfigError, "lets no gradient reach model.layers.0.mlp.experts"),
+        ({"lu_lora_final_layer_index": 0}, ConfigError, "leaves model.layers.0.mlp.experts"),
         ({"lora_modules_to_save": ["mlp.experts"]}, AdapterError, "is adapted and in --lora-modules-to-save"),
     ],
 )

@@ -124,7 +124,7 @@ def test_from_rows_to_a_merged_model(bases: Path, rows: Path, tmp_path: Path, ki
         ("mixtral", [*EXPERTS, "--use-dora"], "--use-dora is for linears"),
         ("mixtral", [*EXPERTS, "--lora-dropout", "0.1"], "--lora-dropout cannot be applied to"),
         ("mixtral", [*EXPERTS, "--init-lora-weights", "eva"], "--init-lora-weights eva is no start for"),
-        ("mixtral", [*EXPERTS, "--lu-lora-final-layer-index", "0"], "lets no gradient reach"),
+        ("mixtral", [*EXPERTS, "--lu-lora-final-layer-index", "0"], "to the local rule, which cannot train it"),
         ("llama", [TARGETS, "gate_up_proj"], "matches no linear"),
         ("llama", ["--loraplus-lr-embedding", "1e-5"], "no effect without --loraplus-lr-ratio"),
         ("llama", ["--lora-modules-to-save", "mlp"], "name those"),

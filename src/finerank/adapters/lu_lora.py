@@ -145,15 +145,15 @@ def _rule_class(settings: LocalSettings) -> type[LocalRule]:
 def _check_range(last: int, num_layers: int) -> None:
     if num_layers < 2:
         raise AdapterError("LU-LoRA needs a model of at least 2 layers; leave --lu-lora-final-layer-index away.")
+    allowed = "0" if num_layers == 2 else f"0 to {num_layers - 2}"
     if last == num_layers - 1:
         raise ConfigError(
             f"--lu-lora-final-layer-index {last} makes all {num_layers} layers local and leaves nothing to "
-            f"backpropagate; give 0 to {num_layers - 2}."
+            f"backpropagate; give {allowed}."
         )
     if not 0 <= last < num_layers:
         raise ConfigError(
-            f"--lu-lora-final-layer-index {last} is no layer of this model of {num_layers} layers; give 0 to "
-            f"{num_layers - 2}."
+            f"--lu-lora-final-layer-index {last} is no layer of this model of {num_layers} layers; give {allowed}."
         )
 
 

@@ -140,7 +140,7 @@ def _refuse_below_local(model: nn.Module, chosen: Chosen, settings: AdapterSetti
         index = layer_index(name)
         if name == embedding or (index is not None and index <= last):
             raise ConfigError(
-                f"--lu-lora-final-layer-index {last} lets no gradient reach {name}, so it cannot be trained there; "
+                f"--lu-lora-final-layer-index {last} leaves {name} to the local rule, which cannot train it; "
                 "leave one of them out."
             )
 
