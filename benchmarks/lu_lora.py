@@ -51,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--cpu-seconds", action="store_true", help="steps: of all threads, for a busy machine")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seq-length", type=int, default=128, help="steps: tokens of the longest row; cells have 128")
     own, args_of_tune = sys.argv[1:], []
     if "--" in own:
         own, args_of_tune = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -165,7 +166,7 @@ def make_stepper(args: argparse.Namespace, method: str, last: int | None) -> Cal
 
     local_settings = {} if last is None else {"lu_lora_final_layer_index": last, "lu_lora_rule": method}
     settings = Settings(
-        **{"load": args.load, "data_path": [args.data], "seq_length": 128, "global_batch_size": 16, "seed": 1}
+        **{"load": args.load, "data_path": [args.data], "seq_length": args.seq_length, "global_batch_size": 16, "seed": 1}
         | {"micro_batch_tokens": 2048, "share_prompts": False, "lora_r": 16, "lora_alpha": 16.0, "lr": 5e-4}
         | local_settings
     )
