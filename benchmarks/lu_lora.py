@@ -166,8 +166,15 @@ def make_stepper(args: argparse.Namespace, method: str, last: int | None) -> Cal
 
     local_settings = {} if last is None else {"lu_lora_final_layer_index": last, "lu_lora_rule": method}
     settings = Settings(
-        **{"load": args.load, "data_path": [args.data], "seq_length": args.seq_length, "global_batch_size": 16, "seed": 1}
-        | {"micro_batch_tokens": 2048, "share_prompts": False, "lora_r": 16, "lora_alpha": 16.0, "lr": 5e-4}
+        **{"load": args.load, "data_path": [args.data], "seq_length": args.seq_length, "seed": 1}
+        | {
+            "global_batch_size": 16,
+            "micro_batch_tokens": 2048,
+            "share_prompts": False,
+            "lora_r": 16,
+            "lora_alpha": 16.0,
+            "lr": 5e-4,
+        }
         | local_settings
     )
     parts = prepare(settings, args.out, say=lambda _: None)
