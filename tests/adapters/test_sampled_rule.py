@@ -180,6 +180,7 @@ class _Rows:
 
     def __init__(self, num: int):
         self.lengths = np.arange(num) % 9 + 1
+        self.trained_lengths = self.lengths - 1
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -112,12 +112,8 @@ class BatchPlan:
         rows = self.rows(step)
         draw = np.random.default_rng([self.seed, step, _SAMPLE_STREAM])
         size = min(max(1, round(self.sample_share * len(rows))), len(rows))
-        groups = np.array_split(np.argsort(self._trained_tokens(rows), kind="stable"), size)
+        groups = np.array_split(np.argsort(self.dataset.trained_lengths[rows], kind="stable"), size)
         return [rows[i] for i in sorted(int(draw.choice(group)) for group in groups)]
-
-    def _trained_tokens(self, rows: Sequence[int]) -> list[int]:
-        samples = _read(self.dataset, rows)
-        return [sum(int((own.targets != IGNORE_INDEX).sum()) for own in sample) for sample in samples]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.settings.shuffle:

@@ -82,9 +82,15 @@ def prepare(settings: "Settings", folder: Path, *, say: Callable[[str], None]) -
         found = choose_split(settings, loaded.model, splits.train, checkpoint, **own)
         settings = dataclasses.replace(settings, **found)
     splits = start.with_references(splits, settings, loaded, trained, loss_function, pad_token_id=pad, say=say)
-    how = _length(settings) | {"pad_token_id": pad, "sample_share": sample_share(settings)}
-    how["num_sampled_steps"] = settings.lu_lora_freeze_after
-    plan = BatchPlan(splits.train, settings, seed=settings.seed, **how)
+    plan = BatchPlan(
+        splits.train,
+        settings,
+        seed=settings.seed,
+        **_length(settings),
+        pad_token_id=pad,
+        sample_share=sample_share(settings),
+        num_sampled_steps=settings.lu_lora_freeze_after,
+    )
     return Parts(
         settings=settings,
         folder=folder,
