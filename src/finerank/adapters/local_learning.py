@@ -82,6 +82,8 @@ class LocalLearning:
         self._sampled = sampled if self.is_learning and self.rule.learns_from_sample else ()
         in_sample = sum(num for num, is_sampled in zip(num_rows, sampled, strict=True) if is_sampled)
         self._sample_weight = sum(num_rows) / max(in_sample, 1)
+        for parameter in self.parameters:
+            parameter.grad = None
         self.rule.begin_step(step)
 
     def begin_micro_batch(self, number: int) -> None:

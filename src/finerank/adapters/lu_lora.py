@@ -221,7 +221,6 @@ def start_local_learning(
     decoder = _decoder_layers(adapters.model, list(adapters.layers))
     _check_range(last, len(decoder))
     _check_values(settings)
-    sample_share(settings)
     local = {name: layer for name, layer in adapters.layers.items() if _is_local(name, last)}
     taught = [layer for name, layer in local.items() if _can_learn(adapters.model, name, settings)]
     rule = _rule_class(settings)(taught)
@@ -307,6 +306,7 @@ def _check_values(settings: LocalSettings) -> None:
             "--cache-boundary needs local layers that no longer learn; add --lu-lora-freeze-after, or use "
             "--lu-lora-rule frozen."
         )
+    sample_share(settings)
 
 
 @torch.no_grad()

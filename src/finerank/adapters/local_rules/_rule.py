@@ -9,7 +9,6 @@ them.
 Shapes: B rows, T tokens, N = B * T, I in_features, O out_features, R rank, D hidden size.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
@@ -25,7 +24,7 @@ Signals = Sequence[tuple[LoRALinear, Signal]]
 """What all local linears give of one micro-batch, in the order of the forward pass."""
 
 
-class LocalRule(ABC):
+class LocalRule:
     """A rule over the linears of the local layers."""
 
     needs_error: ClassVar[bool] = False
@@ -50,16 +49,15 @@ class LocalRule(ABC):
     def __init__(self, layers: Iterable[LoRALinear]):
         self.layers = list(layers)
 
-    def start(self, passes: Iterator[Pass]) -> None:  # noqa: B027 (optional)
+    def start(self, passes: Iterator[Pass]) -> None:
         """Let fresh factors start from the run's first rows. `passes` has no end; each ends above the local layers."""
 
-    @abstractmethod
     def begin_step(self, step: int) -> None:
-        """Forget what was gathered; `step` counts the finished optimizer steps."""
+        """Forget what was added; `step` counts the finished optimizer steps. Gradients are gone already."""
 
-    @abstractmethod
     def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
         """Of one linear's input and `u = scale * A x`, with this step's factors, what the rule needs."""
+        raise AssertionError("this rule gathers nothing")
 
     def add(self, signals: Signals) -> None:
         """What one micro-batch gave; called for one after the other."""
@@ -74,9 +72,8 @@ class LocalRule(ABC):
         """
         raise AssertionError("this rule asks for no error")
 
-    @abstractmethod
     def update(self, *, lr_a: float, lr_b: float) -> None:
-        """Apply what was gathered."""
+        """Apply what was added; gradients are the optimizer's to apply."""
 
 
 class HebbianRule(LocalRule):

@@ -63,11 +63,6 @@ class RULE(LocalRule):
             if sketch.num_tokens:
                 layer.lora_A.copy_(sketch.components())
 
-    def begin_step(self, step: int) -> None:
-        """Forget the gradients of a step that was not finished."""
-        for layer in self.layers:
-            layer.lora_B.grad = None
-
     def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
         """Keep u."""
         return (u_BTR,)
@@ -83,9 +78,6 @@ class RULE(LocalRule):
                 )
             found.append(feedback_gradient(error_BTD, u_BTR).to(layer.lora_B.dtype))
         return found
-
-    def update(self, *, lr_a: float, lr_b: float) -> None:
-        """Nothing: A is fixed, and the B's are the optimizer's."""
 
 
 def _look(one: Pass, sketches: Mapping[LoRALinear, InputSketch]) -> None:

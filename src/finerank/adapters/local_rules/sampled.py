@@ -13,28 +13,13 @@ noisy (`data.loader.BatchPlan.sample`). AdamW of the run applies it, clipped wit
 linears that the run adapts.
 """
 
-from torch import Tensor
-
-from finerank.adapters.local_rules._rule import LocalRule, Signal
-from finerank.adapters.lora import LoRALinear
+from finerank.adapters.local_rules._rule import LocalRule
 
 
 class RULE(LocalRule):
-    """See the module's docstring."""
+    """See the module's docstring. A row is in the sample or does not teach, so nothing is gathered."""
 
     learns_by_optimizer = True
     learns_from_sample = True
     default_ratio = 1.0
     default_lr_share = 2.0
-
-    def begin_step(self, step: int) -> None:
-        """Forget the gradients of a step that was not finished."""
-        for layer in self.layers:
-            layer.lora_A.grad = layer.lora_B.grad = None
-
-    def gather(self, layer: LoRALinear, x_BTI: Tensor, u_BTR: Tensor) -> Signal:
-        """Not reached: a row is in the sample or does not teach."""
-        raise AssertionError("the sampled rule gathers nothing")
-
-    def update(self, *, lr_a: float, lr_b: float) -> None:
-        """Nothing: the factors are the optimizer's."""
