@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 from tune_step import cpu_name  # noqa: E402
 
 from finerank.files import replace_file  # noqa: E402
-from finerank.models.runtime import ENVIRONMENT  # noqa: E402
+from finerank.models.runtime import best_environment  # noqa: E402
 
 AXES: dict[str, tuple[int, ...]] = {
     "data": (100, 1_000, 10_000, 100_000),
@@ -175,7 +175,7 @@ def stepped(axis: str, value: int, steps: int) -> Point:
 def environment() -> dict[str, str]:
     """That of a run of `finerank tune`."""
     path = os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    return {**os.environ, **best_environment(), "PYTHONPATH": path}
 
 
 def point(axis: str, value: int, args: argparse.Namespace) -> Point:

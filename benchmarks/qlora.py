@@ -20,9 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import tune_step
-from tune_step import LARGE_PAGES, Setup
-
-from finerank.models.runtime import ENVIRONMENT  # found by way of tune_step
+from tune_step import ENVIRONMENT, LARGE_PAGES, Setup
 
 _TRAINER = ("--dtype", "bf16", "--micro-batch", "1", "--bits")
 tune_step.SETUPS.update(

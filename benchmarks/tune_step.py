@@ -25,7 +25,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
-from finerank.models.runtime import ENVIRONMENT  # noqa: E402
+from finerank.models.runtime import FOR_TORCH, KEPT_BY_GLIBC, NAMES, best_environment  # noqa: E402
+
+ENVIRONMENT = dict(best_environment())
 
 LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
@@ -65,6 +67,12 @@ SETUPS = {
         ("--dtype", "bf16", "--micro-batch", "1", "--attention", "eager"),
         ENVIRONMENT,
     ),
+    "trainer-best-glibc": Setup(
+        "PEFT + HF Trainer, hand-tuned, with eager attention and glibc told to keep its memory",
+        "hf_trainer.py",
+        ("--dtype", "bf16", "--micro-batch", "1", "--attention", "eager"),
+        FOR_TORCH | KEPT_BY_GLIBC,
+    ),
     "trainer-fp32": Setup(
         "PEFT + HF Trainer, fp32, micro-batch 1, large pages",
         "hf_trainer.py",
@@ -82,6 +90,9 @@ SETUPS = {
         "finerank, bf16, --no-share-prompts", "finerank_tune.py", ("--share-prompts", "0"), ENVIRONMENT
     ),
     "finerank-unfused": Setup("finerank, bf16, --no-fused", "finerank_tune.py", ("--fused", "0"), ENVIRONMENT),
+    "finerank-glibc": Setup(
+        "finerank, bf16, without mimalloc", "finerank_tune.py", environment=FOR_TORCH | KEPT_BY_GLIBC
+    ),
     "finerank-untuned": Setup("finerank, bf16, --no-tune-runtime", "finerank_tune.py"),
 }
 
@@ -93,7 +104,7 @@ class Runner:
         self.name, self.setup = name, SETUPS[name]
         self.seconds: list[float] = []
         self.result: dict[str, Any] = {}
-        environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
+        environment = {k: v for k, v in os.environ.items() if k not in NAMES}
         environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **self.setup.environment}
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "src"), environment.get("PYTHONPATH", "")])
         self._log_path = log / f"{name}.log"

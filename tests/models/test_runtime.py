@@ -16,6 +16,14 @@ tune_runtime()
 import os
 print(sys.argv[1:], os.environ.get("MALLOC_MMAP_MAX_"), os.environ.get("THP_MEM_ALLOC_ENABLE"))
 """
+WHICH_ALLOCATOR = """
+import sys
+from finerank.models.runtime import tune_runtime
+tune_runtime()
+import os
+with open("/proc/self/maps") as maps:
+    print("mimalloc" in maps.read(), os.environ.get("MIMALLOC_PURGE_DELAY"), os.environ.get("MALLOC_MMAP_MAX_"))
+"""
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems are left alone")
 
@@ -28,7 +36,7 @@ def start(tmp_path):
         script = tmp_path / name
         script.parent.mkdir(exist_ok=True)
         script.write_text(program)
-        clean = {k: v for k, v in os.environ.items() if k not in runtime.ENVIRONMENT and k != runtime.MARK}
+        clean = {k: v for k, v in os.environ.items() if k not in runtime.NAMES}
         command = [sys.executable, str(script), *argv]
         return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=check)
 
@@ -39,7 +47,7 @@ def start(tmp_path):
 @pytest.mark.parametrize("name", ["finerank", "finerank/__main__.py"])
 def test_starts_anew_once_with_the_same_arguments(start, name):
     done = start("a b", "--c=d", name=name)
-    assert done.stdout.strip() == "['a b', '--c=d'] 0 1"
+    assert done.stdout.strip() == "['a b', '--c=d'] None 1"
     assert done.stderr.count("runtime:") == 1 and "--no-tune-runtime" in done.stderr
 
 
@@ -60,16 +68,42 @@ def test_after_torch_nothing_happens(start):
 
 
 @linux
-def test_what_the_user_has_set_stays(start):
-    every = dict.fromkeys(runtime.ENVIRONMENT, "1")
-    done = start(**every)
-    assert done.stdout.strip() == "[] 1 1" and "runtime:" not in done.stderr
-    assert start(MALLOC_MMAP_MAX_="5").stdout.strip() == "[] 5 1"
+def test_the_allocator_is_mimalloc(start):
+    assert start(program=WHICH_ALLOCATOR).stdout.strip() == "True -1 None"
 
 
 @linux
-def test_another_allocator_is_left_alone():
-    assert "MALLOC_MMAP_MAX_" not in runtime.wanted_environment({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"})
+@pytest.mark.parametrize("path", [None, "/a b/libmimalloc.so", "/there/is/no/libmimalloc.so"])
+def test_without_mimalloc_glibc_keeps_its_memory(start, path):
+    """The package is not installed, lies where LD_PRELOAD cannot name it, or has lost its library."""
+    program = f"""
+import importlib.metadata, types
+path = {path!r}
+def files(name):
+    if path is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return [types.SimpleNamespace(name="libmimalloc.so", locate=lambda: path)]
+importlib.metadata.files = files
+{WHICH_ALLOCATOR}"""
+    assert start(program=program).stdout.strip() == "False None 0"
+
+
+@linux
+def test_what_the_user_has_set_stays(start):
+    done = start(**dict.fromkeys((*runtime.FOR_TORCH, *runtime.KEPT_BY_GLIBC), "1"))
+    assert done.stdout.strip() == "[] 1 1" and "runtime:" not in done.stderr
+    assert start(MALLOC_MMAP_MAX_="5", program=WHICH_ALLOCATOR).stdout.strip() == "False None 5"
+
+
+@linux
+def test_what_the_user_preloads_stays():
+    def allocator(preloaded):
+        changes = runtime.wanted_environment({"LD_PRELOAD": preloaded})
+        return {"LD_PRELOAD", *runtime.KEPT_BY_MIMALLOC, *runtime.KEPT_BY_GLIBC} & changes.keys()
+
+    assert allocator("/usr/lib/libjemalloc.so.2") == set()
+    assert allocator("/usr/lib/libfaketime.so.1") == set(runtime.KEPT_BY_GLIBC)
+    assert allocator("") == {"LD_PRELOAD", *runtime.KEPT_BY_MIMALLOC}
 
 
 @linux
