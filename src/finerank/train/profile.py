@@ -100,6 +100,7 @@ class StepProfiler:
         self.found: Profile | None = None
         self._taken: list[tuple[float, list[FunctionEvent], int]] = []
         self._step, self._kept = 0, _Kept(model)
+        self._peak_flops = 0.0
 
     @classmethod
     def of_loop(cls, loop: TrainLoop, *, num_steps: int) -> "StepProfiler":
@@ -128,6 +129,7 @@ class StepProfiler:
             with torch.autograd.graph.saved_tensors_hooks(self._kept.pack, _unpack):
                 yield
         elif number <= self.num_steps:
+            self._measure_peak()  # before each step: a clock or a neighbour may change in between
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             with profile(activities=activities, record_shapes=True) as watched:
                 started = time.perf_counter()
@@ -147,13 +149,13 @@ class StepProfiler:
         parts, flops = times_by_part(events, low_rank=3 * self.rank, on_gpu=self.device.type == "cuda")
         parts = {name: parts.get(name, 0.0) / n for name in PARTS}
         parts["waiting"] = max(0.0, seconds - sum(parts.values()))
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        self._measure_peak()
         return Profile(
             seconds=seconds,
             parts=parts,
             flops={name: value / n for name, value in flops.items()},
-            peak_flops=measured_peak(dtype, self.device),
-            precision=str(dtype).removeprefix("torch."),
+            peak_flops=self._peak_flops,
+            precision=str(self._dtype()).removeprefix("torch."),
             memory=self._memory(),
             tokens=round(statistics.fmean(tokens for _, _, tokens in self._taken)),
             slowest=_slowest(events, n),
@@ -171,6 +173,12 @@ class StepProfiler:
             f"profile: {found.seconds:.2f} s a step, {found.parts[largest] / found.seconds:.0%} of it {largest}; "
             f"{found.roofline_share:.0%} of {found.peak_flops / 1e9:.0f} GFLOP/s; see {folder / 'profile.md'}"
         )
+
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def _measure_peak(self) -> None:
+        self._peak_flops = max(self._peak_flops, measured_peak(self._dtype(), self.device))
 
     def _memory(self) -> dict[str, int]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -287,14 +295,18 @@ def _slowest(events: Sequence[FunctionEvent], num_steps: int, most: int = 12) ->
     return [{"name": name, "seconds": s / num_steps, "calls": round(n / num_steps)} for name, (s, n) in ordered]
 
 
-def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 6) -> float:
-    """Arithmetic a second that a `size`-cubed product reaches here: the best of some."""
+def measured_peak(
+    dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 6, most_seconds: float = 0.5
+) -> float:
+    """Arithmetic a second that a `size`-cubed product reaches here: the best of some, begun within `most_seconds`."""
     if device.type == "cuda":
         size *= 4
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = math.inf
+    best, begun = math.inf, time.perf_counter()
     for _ in range(repeats):
         started = time.perf_counter()
+        if started - begun > most_seconds:
+            break
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
