@@ -38,7 +38,7 @@ STUDY += " --lora-r 16 --lora-alpha 16 --eval-interval 16 --save-interval 4 --no
 def main() -> None:
     """Run cells, time steps, or print the table of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.epilog = f"Flags after -- go to every tune run, after {STUDY}"
+    parser.epilog = f"Flags after -- go to every tune run, beside or in place of {STUDY}"
     parser.add_argument("what", choices=("run", "steps", "table"))
     parser.add_argument("--out", type=Path, required=True, help="folder of run folders")
     parser.add_argument("--data", help="rows")
@@ -90,13 +90,19 @@ def run_cell(args: argparse.Namespace, *, method: str, share: float, seed: int) 
         args.data,
         "--split",
         f"{num_rows - HELD_OUT},{HELD_OUT},0",
-        *STUDY.split(),
+        *study_flags(args.tune),
     ]
     flags += ["--seed", str(seed), "--threads", str(args.threads), "--output-dir", str(folder), "--resume", "auto"]
     if method != "lora":
         last = last_local(count_layers(args.load), share)
         flags += ["--lu-lora-final-layer-index", str(last), "--lu-lora-rule", method]
     subprocess.run([sys.executable, "-m", "finerank", "tune", *flags, *args.tune], check=True)
+
+
+def study_flags(given: list[str]) -> list[str]:
+    """The study's flags but for those that are given another value."""
+    flags = [word.split() for word in (" " + STUDY).split(" --")[1:]]
+    return [word for name, *value in flags if f"--{name}" not in given for word in (f"--{name}", *value)]
 
 
 def last_local(num_layers: int, share: float) -> int:
