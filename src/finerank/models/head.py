@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LOGITS_PER_CHUNK = 1 << 24
-"""Most logits held at once (bf16: 32 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
+LOGITS_PER_CHUNK = 1 << 23
+"""Most logits held at once (bf16: 16 MiB); a chunk has at least `MIN_CHUNK` positions all the same."""
 LOGITS_PER_CHUNK_GPU = 1 << 27
 """The same on a GPU, which needs wide products to be busy (fp32: 512 MiB)."""
 MIN_CHUNK = 16
