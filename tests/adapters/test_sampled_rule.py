@@ -193,22 +193,23 @@ class _Rows:
 @pytest.mark.parametrize(
     "how", [{}, {"pack": False, "micro_batch_size": 8}, {"micro_batches_at_once": 2}], ids=["packed", "padded", "two"]
 )
-def test_the_plan_sets_the_sample_apart(how: dict[str, Any]):
+@pytest.mark.parametrize(("share", "budget", "most"), [(0.25, 10, 2), (0.5, 20, 4), (0.05, 10, 2)])
+def test_the_plan_sets_the_sample_apart(how: dict[str, Any], share: float, budget: int, most: int):
     settings = BatchSettings(**{"global_batch_size": 16, "micro_batch_tokens": 40, "share_prompts": False} | how)
     given = {"seed": 3, "num_epochs": 2, "pad_token_id": 0}
-    plan = BatchPlan(_Rows(70), settings, sample_share=0.25, **given)
+    plan = BatchPlan(_Rows(70), settings, sample_share=share, **given)
     plain = BatchPlan(_Rows(70), settings, **given)
-    again = BatchPlan(_Rows(70), settings, sample_share=0.25, **given)
+    again = BatchPlan(_Rows(70), settings, sample_share=share, **given)
     samples = []
     for number in reversed(range(plan.num_steps)):
         batches = plan.micro_batches(number)
         assert plan.rows(number) == plain.rows(number)
         assert sorted(row for one in batches for row in one.rows) == sorted(plan.rows(number))
         sample = [row for one in batches if one.is_sample for row in one.rows]
-        assert len(sample) == (4 if len(plan.rows(number)) == 16 else round(len(plan.rows(number)) / 4))
+        assert len(sample) == max(1, round(share * len(plan.rows(number))))
         for one in batches:
-            assert one.num_tokens <= (40 if not one.is_sample else 10) or not settings.pack
-            assert len(one.rows) <= (8 if not one.is_sample else 2) or settings.pack
+            assert one.num_tokens <= (40 if not one.is_sample else budget) or not settings.pack
+            assert len(one.rows) <= (8 if not one.is_sample else most) or settings.pack
         assert [one.rows for one in again.micro_batches(number)] == [one.rows for one in batches]
         assert [one.is_sample for one in batches] == sorted((one.is_sample for one in batches), reverse=True)
         trained = {row: _Rows(70).lengths[row] - 1 for row in plan.rows(number)}
@@ -219,7 +220,7 @@ def test_the_plan_sets_the_sample_apart(how: dict[str, Any]):
         assert not any(one.is_sample for one in plain.micro_batches(number))
     assert len({tuple(s) for s in samples}) > 1
     assert len(BatchPlan(_Rows(70), settings, sample_share=0.001, **given).sample(0)) == 1
-    first = BatchPlan(_Rows(70), settings, sample_share=0.25, num_sampled_steps=2, **given)
+    first = BatchPlan(_Rows(70), settings, sample_share=share, num_sampled_steps=2, **given)
     assert [bool(first.sample(number)) for number in range(4)] == [True, True, False, False]
     assert first.sample(1) == plan.sample(1)
 

@@ -26,8 +26,9 @@ from finerank.data.shared_prompts import Segment, common_prompt, share_prompts
 from finerank.data.types import IGNORE_INDEX
 from finerank.errors import ConfigError
 
-_SAMPLE_BUDGET = 4
-"""A micro-batch of the sample is this many times smaller than others, since more of it is kept for the way back."""
+_SMALLEST_FOR_SAMPLE = 0.25
+"""A micro-batch of the sample is as much smaller than others as the sample is than the step, since more of it is kept
+for the way back; but no smaller than this share of them, since products of few tokens are slow."""
 _SAMPLE_STREAM = 1
 """Sets the sample's random numbers apart from the permutation's."""
 
@@ -54,7 +55,7 @@ class BatchPlan:
         num_steps: optimizer steps, over as many epochs as that takes.
         pad_token_id: what fills padded positions.
         sample_share: this share of each step's rows, at least one, comes first (see `sample`) and in micro-batches of
-            its own, a quarter as large (`Batch.is_sample`); None: no row is set apart.
+            its own, smaller by that share, too (`Batch.is_sample`); None: no row is set apart.
         num_sampled_steps: the first steps, which have a sample; None: all have one.
 
     Raises ConfigError for sizes that no batch can have.
@@ -98,7 +99,9 @@ class BatchPlan:
         rest = [row for row in self.rows(step) if row not in sample]
         batches = _micro_batches(self.dataset, rest, self.settings, self.pad_token_id) if rest else []
         if sample:
-            sampled = _micro_batches(self.dataset, list(sample), _for_sample(self.settings), self.pad_token_id)
+            assert self.sample_share is not None
+            settings = _for_sample(self.settings, self.sample_share)
+            sampled = _micro_batches(self.dataset, list(sample), settings, self.pad_token_id)
             batches = [dataclasses.replace(batch, is_sample=True) for batch in sampled] + batches
         return batches
 
@@ -239,13 +242,13 @@ def _micro_batches(dataset: Samples, rows: Sequence[int], settings: BatchSetting
     return [_padded_to_fit(dataset, own, settings, pad_token_id) for own in groups]
 
 
-def _for_sample(settings: BatchSettings) -> BatchSettings:
-    most = settings.micro_batch_size
+def _for_sample(settings: BatchSettings, share: float) -> BatchSettings:
+    most, share = settings.micro_batch_size, max(share, _SMALLEST_FOR_SAMPLE)
     assert most != "auto"  # see `_check`
     return dataclasses.replace(
         settings,
-        micro_batch_tokens=max(1, settings.micro_batch_tokens // _SAMPLE_BUDGET),
-        micro_batch_size=None if most is None else max(1, most // _SAMPLE_BUDGET),
+        micro_batch_tokens=max(1, int(settings.micro_batch_tokens * share)),
+        micro_batch_size=None if most is None else max(1, int(most * share)),
     )
 
 
