@@ -247,7 +247,7 @@ def test_share_by_rule():
     def share(rule: str, last: int | None = 1) -> float | None:
         return sample_share(AdapterSettings(lu_lora_final_layer_index=last, lu_lora_rule=rule))
 
-    assert (share("sampled"), share("feedback"), share("feedback", None)) == (0.25, None, None)
+    assert (share("sampled"), share("feedback"), share("feedback", None)) == (0.375, None, None)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path):

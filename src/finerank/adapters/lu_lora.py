@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _INTO_RESIDUAL = GROUPS["linear_proj"] + GROUPS["linear_fc2"]
 DEFAULT_LR = 1.25e-6
 """Of `lora_A` under the Hebbian rules, as MindSpeed-LLM has it."""
-DEFAULT_SAMPLE_SHARE = 0.25
+DEFAULT_SAMPLE_SHARE = 0.375
 
 
 def local_targets(
@@ -134,7 +134,7 @@ def sample_share(settings: LocalSettings) -> float | None:
             )
         return None
     if share is not None and not 0 < share <= 1:
-        raise ConfigError(f"--lu-lora-sample is {share:g}; it must be above 0 and at most 1, e.g. 0.25.")
+        raise ConfigError(f"--lu-lora-sample is {share:g}; it must be above 0 and at most 1, e.g. 0.375.")
     return DEFAULT_SAMPLE_SHARE if share is None else share
 
 

@@ -30,7 +30,7 @@ class LocalSettings:
         "the sampled rule",
     )
     lu_lora_sample: float | None = setting(
-        None, help="LU-LoRA, sampled rule: share of a step's rows that teach the local layers; default 0.25"
+        None, help="LU-LoRA, sampled rule: share of a step's rows that teach the local layers; default 0.375"
     )
     lu_lora_freeze_after: int | None = setting(None, help="LU-LoRA: steps after which the local layers stop learning")
     cache_boundary: bool = setting(

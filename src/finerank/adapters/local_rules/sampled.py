@@ -1,11 +1,11 @@
 """Exact gradients from a sample of the rows, LU-LoRA's default: what broadcast errors cannot say, at part of its price.
 
-    --lu-lora-rule sampled --lu-lora-sample 0.25
+    --lu-lora-rule sampled --lu-lora-sample 0.375
 
-In each step a random share of the rows is backpropagated through all layers, the local ones too, in micro-batches a
-quarter as large as the others. The other rows pass the local layers without a graph, and teach only the layers above.
-So this rule is not local in the strict sense: it buys the true direction with fewer rows, where `feedback` buys all
-rows with a direction that is wrong further down.
+In each step a random share of the rows is backpropagated through all layers, the local ones too, in micro-batches
+smaller than the others by that share. The other rows pass the local layers without a graph, and teach only the layers
+above. So this rule is not local in the strict sense: it buys the true direction with fewer rows, where `feedback` buys
+all rows with a direction that is wrong further down.
 
 The gradient of a local factor is the sample's, times the step's rows over the sample's: an unbiased estimate of that of
 the whole step. The rows are drawn one from each group of rows with about as many trained tokens, which makes it less
