@@ -101,8 +101,12 @@ def run_cell(args: argparse.Namespace, *, method: str, share: float, seed: int) 
 
 def study_flags(given: list[str]) -> list[str]:
     """The study's flags but for those that are given another value."""
-    flags = [word.split() for word in (" " + STUDY).split(" --")[1:]]
-    return [word for name, *value in flags if f"--{name}" not in given for word in (f"--{name}", *value)]
+    return [word for flag in split_study() if flag[0] not in given for word in flag]
+
+
+def split_study() -> list[list[str]]:
+    """The study's flags, each alone or with its value."""
+    return [f"--{words}".split() for words in STUDY.removeprefix("--").split(" --")]
 
 
 def last_local(num_layers: int, share: float) -> int:
@@ -264,15 +268,13 @@ def other_flags(config: str) -> list[str]:
     """The flags of the study that a run was given another value for, with that value."""
     import yaml
 
-    stored, words, found = yaml.safe_load(config), STUDY.split(), []
-    for i, word in enumerate(words):
-        if word.startswith("--"):
-            has_value = i + 1 < len(words) and not words[i + 1].startswith("--")
-            wanted = yaml.safe_load(words[i + 1]) if has_value else not word.startswith("--no-")
-            name = word.removeprefix("--" if has_value or wanted else "--no-").replace("-", "_")
-            value = stored.get(name)
-            if name in stored and value != (float(wanted) if isinstance(value, float) else wanted):
-                found.append(f"{word} {value}")
+    stored, found = yaml.safe_load(config), []
+    for flag, *given in split_study():
+        wanted = yaml.safe_load(given[0]) if given else not flag.startswith("--no-")
+        name = flag.removeprefix("--" if given or wanted else "--no-").replace("-", "_")
+        value = stored.get(name)
+        if name in stored and value != (float(wanted) if isinstance(value, float) else wanted):
+            found.append(f"{flag} {value}")
     return found
 
 

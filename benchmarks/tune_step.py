@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent / "src"))
 
 from finerank.models.runtime import FOR_TORCH, KEPT_BY_GLIBC, NAMES, best_environment  # noqa: E402
 
-ENVIRONMENT = dict(best_environment())
+ENVIRONMENT = best_environment()
 
 LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 

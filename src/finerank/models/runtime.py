@@ -18,7 +18,6 @@ has set, `--no-tune-runtime`.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import math
 import os
@@ -49,11 +48,14 @@ NAMES = frozenset({*FOR_TORCH, *KEPT_BY_GLIBC, *KEPT_BY_MIMALLOC, "LD_PRELOAD", 
 """Every variable that may be set here, but for the number of threads."""
 
 
-@functools.cache
-def best_environment() -> Mapping[str, str]:
+def best_environment() -> dict[str, str]:
     """The variables under which a training step is fastest and smallest, with what is installed here."""
+    return FOR_TORCH | _best_allocator()
+
+
+def _best_allocator() -> dict[str, str]:
     library = _mimalloc()
-    return FOR_TORCH | (KEPT_BY_GLIBC if library is None else {"LD_PRELOAD": library, **KEPT_BY_MIMALLOC})
+    return KEPT_BY_GLIBC if library is None else {"LD_PRELOAD": library, **KEPT_BY_MIMALLOC}
 
 
 def _mimalloc() -> str | None:
@@ -102,7 +104,7 @@ def wanted_environment(environment: Mapping[str, str], *, num_threads: int | Non
     preloaded, changes = environment.get("LD_PRELOAD", ""), dict(FOR_TORCH)
     tells_glibc = any(environment.get(name) for name in KEPT_BY_GLIBC)
     if not preloaded and not tells_glibc:
-        changes |= best_environment()
+        changes |= _best_allocator()
     elif not any(allocator in preloaded for allocator in ("jemalloc", "tcmalloc", "mimalloc")):
         changes |= KEPT_BY_GLIBC
     threads = num_threads or usable_cpus()
