@@ -139,6 +139,7 @@ def test_only_the_sample_has_a_graph_below_the_boundary():
     assert has_graph[-1] == [False] * 4
 
 
+@pytest.mark.usefixtures("one_thread")  # products shared by threads differ in the last bits
 def test_side_by_side_is_in_turn():
     batches = [in_sample(batch(0)), in_sample(batch(1, rows=1)), batch(2, rows=3), batch(3, rows=2, length=7)]
     found = []
