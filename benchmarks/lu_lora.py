@@ -2,19 +2,22 @@
 
     python benchmarks/lu_lora.py run --data rows.json --out study                    # all cells; stop it at any time
     python benchmarks/lu_lora.py run --data rows.json --out study --methods lora frozen feedback --shares 0.4
+    python benchmarks/lu_lora.py run --data rows.json --held-out others.json --out own -- --num-epochs 4
     python benchmarks/lu_lora.py steps --data rows.json --out study --threads 2      # seconds and memory of a step
     python benchmarks/lu_lora.py table --out study
 
 A cell is one (method, share of local layers, seed): a `finerank tune` of its own over one epoch, with the last 80 rows
-held out, in a run folder of its own. A cell that was stopped goes on where it was, and one that is finished is not run
-again; the most telling cells come first. `steps` times one optimizer step of every method in turn, in one process, so
-that a busy machine hurts all alike, and counts the bytes that a micro-batch keeps for its backward pass (saved tensors
-and local signals, no weights); it needs an otherwise idle machine. With two threads or more, micro-batches are computed
-side by side, as `finerank tune` does.
+held out (or the rows of another file), in a run folder of its own. A cell that was stopped goes on where it was, and
+one that is finished is not run again; the most telling cells come first. `steps` times one optimizer step of every
+method in turn, in one process, so that a busy machine hurts all alike, and counts the bytes that a micro-batch keeps
+for its backward pass (saved tensors and local signals, no weights); it needs an otherwise idle machine. With two
+threads or more, micro-batches are computed side by side, as `finerank tune` does.
 
 The learning rate is constant, so LoRA's loss "at equal time" is read off its curve, at the step that it reaches in the
-time of the other's whole run (linear between evaluations). The table says what the cells were run with, as far as that
-is not what `run` gives them now.
+time of the other's whole run (linear between evaluations). What is won back is the share of what freezing loses at the
+end, by the held-out loss, and by the training loss after the first 17 steps: its rows come for the first time in an
+epoch, and there are more of them, so it is less noisy. The table says what the cells were run with, as far as that is
+not what `run` gives them now.
 """
 
 import argparse
@@ -31,6 +34,8 @@ from typing import Any
 METHODS = ("lora", "frozen", "feedback", "sampled", "mindspeed", "oja")
 SHARES = (0.4, 0.6, 0.2, 0.8)
 HELD_OUT = 80
+FIRST_COMPARED = 17
+"""The step from which on training losses are compared."""
 STUDY = "--seq-length 128 --global-batch-size 16 --micro-batch-tokens 2048 --lr 5e-4 --lr-decay-style constant"
 STUDY += " --lora-r 16 --lora-alpha 16 --eval-interval 16 --save-interval 4 --no-keep-best --no-share-prompts"
 
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "steps", "table"))
     parser.add_argument("--out", type=Path, required=True, help="folder of run folders")
     parser.add_argument("--data", help="rows")
+    parser.add_argument("--held-out", help=f"rows of a file of their own; default: the last {HELD_OUT} of the data")
     parser.add_argument("--load", default="smollm2-135m")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the layers that are local")
@@ -82,16 +88,12 @@ def run_cell(args: argparse.Namespace, *, method: str, share: float, seed: int) 
     folder = args.out / cell_name(method, share, seed)
     if (folder / "results.json").exists():
         return
-    num_rows = len(json.loads(Path(args.data).read_text(encoding="utf-8")))
-    flags = [
-        "--load",
-        args.load,
-        "--data-path",
-        args.data,
-        "--split",
-        f"{num_rows - HELD_OUT},{HELD_OUT},0",
-        *study_flags(args.tune),
-    ]
+    flags = ["--load", args.load, "--data-path", args.data, *study_flags(args.tune)]
+    if args.held_out:
+        flags += ["--valid-data-path", args.held_out]
+    else:
+        num_rows = len(json.loads(Path(args.data).read_text(encoding="utf-8")))
+        flags += ["--split", f"{num_rows - HELD_OUT},{HELD_OUT},0"]
     flags += ["--seed", str(seed), "--threads", str(args.threads), "--output-dir", str(folder), "--resume", "auto"]
     if method != "lora":
         last = last_local(count_layers(args.load), share)
@@ -258,9 +260,11 @@ def read_cells(out: Path) -> list[dict[str, Any]]:
         method, share, seed = folder.name.split("-")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curve = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+        late = [row["loss"] for row in rows if row["step"] >= FIRST_COMPARED and row.get("loss") is not None]
         given = other_flags((folder / "config.yaml").read_text(encoding="utf-8"))
         is_done = (folder / "results.json").exists()
-        cells.append({"method": method, "share": share, "seed": seed, "curve": curve, "done": is_done, "given": given})
+        cell = {"method": method, "share": share, "seed": seed, "curve": curve, "done": is_done, "given": given}
+        cells.append(cell | {"late": statistics.mean(late) if late else None})
     return cells
 
 
@@ -282,31 +286,34 @@ def table(out: Path) -> str:
     """Markdown: a line for each method and share; mean and spread over seeds, share of freezing's loss won back."""
     timed = json.loads((out / "steps.json").read_text()) if (out / "steps.json").exists() else {}
     cells = [cell for cell in read_cells(out) if cell["done"]]
-    full = {c["seed"]: c["curve"] for c in cells if c["method"] == "lora"}
-    frozen = {(c["share"], c["seed"]): c["curve"][-1][1] for c in cells if c["method"] == "frozen"}
+    full = {c["seed"]: c for c in cells if c["method"] == "lora"}
+    frozen = {(c["share"], c["seed"]): c for c in cells if c["method"] == "frozen"}
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((float(cell["share"]), cell["method"]), []).append(cell)
     lora = timed.get("lora 0")
     lines = [
-        "| local | method | seeds | held-out loss | spread | won back | LoRA at equal time | step | activations |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| local | method | seeds | held-out loss | spread | won back | of training loss | LoRA at equal time | step | "
+        "activations |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (share, method), group in sorted(groups.items(), key=lambda item: (item[0][0], METHODS.index(item[0][1]))):
         step = timed.get(f"{method} {share / 100:g}")
         times = step["step_seconds"] / lora["step_seconds"] if step and lora else None
         kept = step["activation_bytes"] / lora["activation_bytes"] if step and lora else None
         losses = [c["curve"][-1][1] for c in group]
-        won, equal = [], []
+        won, late, equal = [], [], []
         for c in group:
-            control = frozen.get((c["share"], c["seed"]))
-            if c["seed"] in full and control is not None:
-                won.append((control - c["curve"][-1][1]) / (control - full[c["seed"]][-1][1]))
-            if c["seed"] in full and times is not None:
-                equal.append(loss_at(full[c["seed"]], times * c["curve"][-1][0]))
+            control, whole = frozen.get((c["share"], c["seed"])), full.get(c["seed"])
+            if whole is not None and control is not None:
+                won.append(won_back(control["curve"][-1][1], c["curve"][-1][1], whole["curve"][-1][1]))
+                if control["late"] is not None:
+                    late.append(won_back(control["late"], c["late"], whole["late"]))
+            if whole is not None and times is not None:
+                equal.append(loss_at(whole["curve"], times * c["curve"][-1][0]))
         lines.append(
             f"| {share:g}% | {method} | {len(group)} | {statistics.mean(losses):.4f} | "
-            f"{max(losses) - min(losses):.4f} | {_mean(won, '.0%')} | {_mean(equal, '.4f')} | "
+            f"{max(losses) - min(losses):.4f} | {_mean(won, '.0%')} | {_mean(late, '.0%')} | {_mean(equal, '.4f')} | "
             f"{'-' if times is None else format(times, '.2f')} | {'-' if kept is None else format(kept, '.2f')} |"
         )
     lines += ["", "Step and activations are shares of full LoRA's."]
@@ -315,6 +322,11 @@ def table(out: Path) -> str:
             name = cell_name(cell["method"], float(cell["share"]) / 100, int(cell["seed"].removeprefix("seed")))
             lines.append(f"{name} was run with {', '.join(cell['given'])}.")
     return "\n".join(lines) + "\n"
+
+
+def won_back(control: float, loss: float, full: float) -> float:
+    """The share of what the control loses against full LoRA that a loss wins back."""
+    return (control - loss) / (control - full)
 
 
 def loss_at(curve: list[tuple[int, float]], step: float) -> float:
