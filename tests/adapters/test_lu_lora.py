@@ -373,7 +373,7 @@ def run_loop(folder: Path, rule: str, *, stop_at: int | None = None, resume: Any
     if stop_at is not None:  # the schedule of the whole run
         from finerank.train.schedule import Schedule
 
-        loop.learning_rate = Schedule.of(settings, num_steps=_Plan.num_steps)
+        loop.learning_rate = loop.local_learning_rate = Schedule.of(settings, num_steps=_Plan.num_steps)
     if resume is not None:
         loop.restore(resume)
     loop.run()
@@ -496,3 +496,26 @@ def test_bad_settings_are_one_sentence(settings: dict[str, Any], error: type[Exc
     with pytest.raises(error, match=words) as caught:
         start_local_learning(inject_adapters(model, chosen, seed=1), chosen, lr=1e-3, seed=1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("style", "share"), [(None, (1 + math.cos(math.pi * 7 / 8)) / 2), ("linear", 1 / 8)])
+def test_local_rates_have_their_own_shape(tmp_path: Path, style: str | None, share: float):
+    loop = run_loop(tmp_path / "run", "feedback", lu_lora_lr_ratio=5.0, lu_lora_lr_decay_style=style)
+    cosine = (1 + math.cos(math.pi * 7 / 8)) / 2  # the run's, at its last step
+    for group in loop.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-2 * group["lr_ratio"] * (share if group["is_local"] else cosine))
+    assert sum(len(group["params"]) for group in loop.optimizer.param_groups if group["is_local"]) == 4
+
+
+@pytest.mark.parametrize("rule", ["mindspeed", "oja"])
+def test_rules_that_apply_themselves_follow_the_local_shape(tmp_path: Path, rule: str, monkeypatch: Any):
+    factors: list[float] = []
+    monkeypatch.setattr(LocalLearning, "apply_local_update", lambda self, *, lr_factor: factors.append(lr_factor))
+    run_loop(tmp_path / "run", rule, lu_lora_lr_decay_style="linear")
+    assert factors == pytest.approx([1 - i / 8 for i in range(8)])
+
+
+def test_the_sampled_rule_decays_by_default():
+    styles = {rule: make(rule)[2].lr_decay_style for rule in ("sampled", "feedback", "mindspeed", "oja", "frozen")}
+    assert styles == {"sampled": "cosine", "feedback": None, "mindspeed": None, "oja": None, "frozen": None}
+    assert make("sampled", lu_lora_lr_decay_style="constant")[2].lr_decay_style == "constant"

@@ -1,11 +1,12 @@
 """The schedule against a transcription of Megatron's step-by-step formulas."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from finerank.errors import ConfigError
-from finerank.train.schedule import Schedule
+from finerank.train.schedule import Schedule, local_schedule
 from finerank.train.settings import OptimSettings
 
 
@@ -74,3 +75,34 @@ def test_warmup_fraction_is_a_share_of_the_decay() -> None:
 def test_parts_that_do_not_fit_are_refused(settings: OptimSettings) -> None:
     with pytest.raises(ConfigError, match="lower"):
         Schedule.of(settings, num_steps=10)
+
+
+def local(style: str | None, freeze_after: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(parameters=(), lr_decay_style=style, freeze_after=freeze_after)
+
+
+def test_what_learns_locally_has_its_own_shape_and_the_runs_warmup():
+    s = OptimSettings(lr=3e-4, lr_decay_style="constant", lr_warmup_fraction=0.1)
+    cosine = Schedule.of(OptimSettings(lr=3e-4, lr_decay_style="cosine", lr_warmup_fraction=0.1), num_steps=60)
+    rates = local_schedule(s, local("cosine"), num_steps=60)
+    assert [rates(i) for i in range(61)] == [cosine(i) for i in range(61)]
+    for other in (local(None), None):
+        assert [local_schedule(s, other, num_steps=60)(i) for i in range(60)] == [
+            Schedule.of(s, num_steps=60)(i) for i in range(60)
+        ]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_local_rates_end_when_local_learning_does(style: str):
+    s = OptimSettings(lr=3e-4, min_lr=1e-5, lr_decay_style="constant", lr_warmup_iters=6)
+    ends = OptimSettings(lr=3e-4, min_lr=1e-5, lr_decay_style=style, lr_warmup_iters=6, lr_decay_iters=30)
+    wanted, rates = Schedule.of(ends, num_steps=60), local_schedule(s, local(style, 30), num_steps=60)
+    assert [rates(i) for i in range(30)] == [wanted(i) for i in range(30)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("freeze_after", [0, 3, 6])
+def test_local_learning_may_end_within_the_warmup(style: str, freeze_after: int):
+    s = OptimSettings(lr=3e-4, lr_warmup_iters=6)
+    rates, run = local_schedule(s, local(style, freeze_after), num_steps=60), Schedule.of(s, num_steps=60)
+    assert [rates(i) for i in range(freeze_after)] == [run(i) for i in range(freeze_after)]

@@ -46,6 +46,7 @@ class LocalLearning:
         lr_a: float,
         lr_b: float,
         freeze_after: int | None,
+        lr_decay_style: str | None = None,
         layers: Sequence[nn.Module] = (),
     ):
         """
@@ -55,8 +56,10 @@ class LocalLearning:
             lr_a: peak learning rate of `lora_A`, for rules that apply it themselves.
             lr_b: the same of `lora_B`, in the last local layer.
             freeze_after: optimizer steps after which nothing local learns any more; None for never.
+            lr_decay_style: shape of both rates, down to the step after which nothing learns; None: the run's.
             layers: decoder layers 0 to K.
         """
+        self.lr_decay_style = lr_decay_style
         self.rule, self.parameters, self.freeze_after = rule, parameters, freeze_after
         self.lr_a, self.lr_b, self.layers = lr_a, lr_b, list(layers)
         self.is_learning, self._saw_training = False, False
@@ -95,7 +98,7 @@ class LocalLearning:
         """Learn from what the step's micro-batches gathered.
 
         Args:
-            lr_factor: the schedule's share of the peak learning rate.
+            lr_factor: the local schedule's share of the peak learning rate.
 
         Raises:
             AdapterError: the local layers were never run with gradients on, as under recomputation of all layers.

@@ -234,6 +234,7 @@ def start_local_learning(
         lr_a=base,
         lr_b=base * ratio,
         freeze_after=settings.lu_lora_freeze_after,
+        lr_decay_style=settings.lu_lora_lr_decay_style or rule.default_decay_style,
         layers=list(decoder)[: last + 1],
     )
     for name, layer in local.items():

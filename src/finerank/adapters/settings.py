@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from finerank.config import setting
 
+LR_DECAY_STYLES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")
+"""Shapes of a learning rate after the warm-up; see `train.schedule`."""
+
 
 @dataclass(kw_only=True)
 class LocalSettings:
@@ -21,8 +24,14 @@ class LocalSettings:
     )
     lu_lora_lr: float | None = setting(
         None,
-        help="LU-LoRA: learning rate of local lora_A; default 1.25e-6, --lr under the feedback rule, twice --lr under "
-        "the sampled rule",
+        help="LU-LoRA: learning rate of local lora_A; default 1.25e-6, --lr under the feedback rule, three times --lr "
+        "under the sampled rule",
+    )
+    lu_lora_lr_decay_style: str | None = setting(
+        None,
+        choices=LR_DECAY_STYLES,
+        help="LU-LoRA: shape of the local learning rates after the warm-up; default: cosine under the sampled rule, "
+        "else --lr-decay-style",
     )
     lu_lora_lr_ratio: float | None = setting(
         None,

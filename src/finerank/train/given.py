@@ -1,6 +1,6 @@
 """What the training loop is given: which rows a step takes, what is trained, what learns beside the optimizer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -25,7 +25,16 @@ class Trainable(Protocol):
 
 
 class LocalUpdate(Protocol):
-    """Parameters that learn without the optimizer; see `finerank.adapters.lu_lora.LocalLearning`."""
+    """What learns by a rule of its own, or at rates of its own; see `finerank.adapters.local_learning`."""
+
+    @property
+    def parameters(self) -> Collection[Tensor]: ...
+
+    @property
+    def lr_decay_style(self) -> str | None: ...
+
+    @property
+    def freeze_after(self) -> int | None: ...
 
     def begin_step(self, step: int, *, sampled: Sequence[bool], num_rows: Sequence[int]) -> None: ...
 

@@ -51,7 +51,7 @@ from finerank.train.optim import (
 )
 from finerank.train.progress import RunProgress, Stopwatch
 from finerank.train.saver import Saver
-from finerank.train.schedule import Schedule
+from finerank.train.schedule import Schedule, local_schedule
 from finerank.train.settings import TrainSettings
 from finerank.train.state import TrainState, load_parameters, parameters_of, seed_everything
 from finerank.train.stop import Signals, StopSignal
@@ -111,8 +111,11 @@ class TrainLoop:
         self.parameters, self.local, self.after_write = list(trained.values()), local, after_write
         self.around_step, self.backward = around_step, backward
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(trained.items(), settings, lr_ratios=lr_ratios)
+        self.optimizer = build_optimizer(
+            trained.items(), settings, lr_ratios=lr_ratios, local=local.parameters if local else ()
+        )
         self.learning_rate = Schedule.of(settings, num_steps=plan.num_steps)
+        self.local_learning_rate = local_schedule(settings, local, num_steps=plan.num_steps)
         self.eval_steps = evaluation_steps(plan.num_steps, settings.eval_interval)
         self.state = TrainState(pending={"step": 0})
         self.history: list[dict[str, Any]] = []
@@ -213,7 +216,7 @@ class TrainLoop:
         tokens, trained_tokens = sum(b.num_tokens for b in batches), sum(b.num_trained_tokens for b in batches)
         if trained_tokens == 0:
             raise DataError(f"No token is trained in step {state.step + 1} (rows {_listed(rows)}); correct those rows.")
-        lr = self.learning_rate(state.step)
+        lr, local_lr = self.learning_rate(state.step), self.local_learning_rate(state.step)
         self.model.train()
         if self.local is not None:
             num_rows = [len(batch.rows) for batch in batches]
@@ -224,11 +227,11 @@ class TrainLoop:
                 norm = clip_gradients(self.parameters, self.settings.clip_grad).item()
             is_finite = math.isfinite(loss) and math.isfinite(norm)
             if is_finite:
-                set_learning_rate(self.optimizer, lr)
+                set_learning_rate(self.optimizer, lr, local_lr=local_lr)
                 self.optimizer.step()
                 self.after_write()
                 if self.local is not None:
-                    self.local.apply_local_update(lr_factor=lr / self.settings.lr if self.settings.lr else 0.0)
+                    self.local.apply_local_update(lr_factor=local_lr / self.settings.lr if self.settings.lr else 0.0)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         if not is_finite:

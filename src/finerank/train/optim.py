@@ -5,7 +5,7 @@ parameter name (`<name>/exp_avg`, `<name>/exp_avg_sq`, `<name>/step`), never by 
 parameters are listed in another order cannot be loaded wrongly.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,19 +21,23 @@ def build_optimizer(
     settings: OptimSettings,
     *,
     lr_ratios: Mapping[Tensor, float] | None = None,
+    local: Collection[Tensor] = (),
 ) -> torch.optim.AdamW:
     """AdamW with groups for matrices (decayed) and for the rest (not decayed).
 
-    `lr_ratios` gives the learning rate of some parameters over the run's; each ratio has its own groups.
+    `lr_ratios` gives the learning rate of some parameters over the run's; each ratio has its own groups, and so have
+    `local` parameters, which may follow another schedule.
     """
     parameters = [p for _, p in named_parameters]
-    ratio_of = {p: (lr_ratios or {}).get(p, 1.0) for p in parameters}
+    is_local = set(local)
+    kind_of = {p: ((lr_ratios or {}).get(p, 1.0), p in is_local) for p in parameters}
     groups = []
-    for ratio in dict.fromkeys(ratio_of.values()):
-        mine = [p for p in parameters if ratio_of[p] == ratio]
+    for kind in dict.fromkeys(kind_of.values()):
+        mine = [p for p in parameters if kind_of[p] == kind]
         matrices, rest = [p for p in mine if p.ndim >= 2], [p for p in mine if p.ndim < 2]
-        groups.append({"params": matrices, "weight_decay": settings.weight_decay, "lr_ratio": ratio})
-        groups.append({"params": rest, "weight_decay": 0.0, "lr_ratio": ratio})
+        rates = {"lr_ratio": kind[0], "is_local": kind[1]}
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay, **rates})
+        groups.append({"params": rest, "weight_decay": 0.0, **rates})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=settings.lr,
@@ -44,10 +48,11 @@ def build_optimizer(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all parameter groups the learning rate of this step, each times its ratio."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, *, local_lr: float | None = None) -> None:
+    """Give all parameter groups the learning rate of this step, each times its ratio; local ones may have another."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_ratio"]
+        is_other = group["is_local"] and local_lr is not None
+        group["lr"] = (local_lr if is_other else lr) * group["lr_ratio"]
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:

@@ -33,7 +33,7 @@ _LENGTH_AND_RATE = """
 num_epochs train_iters eval_interval eval_iters early_stopping_patience lr min_lr lr_decay_style lr_warmup_init
 lr_warmup_iters lr_warmup_fraction lr_decay_iters lr_wsd_decay_iters lr_wsd_decay_style weight_decay adam_beta1
 adam_beta2 adam_eps clip_grad lora_dropout on_nonfinite max_nonfinite deterministic
-lu_lora_lr lu_lora_lr_ratio lu_lora_sample lu_lora_freeze_after loraplus_lr_ratio
+lu_lora_lr lu_lora_lr_decay_style lu_lora_lr_ratio lu_lora_sample lu_lora_freeze_after loraplus_lr_ratio
 """
 # the same rows in another split: equal up to rounding
 _SPLIT = "micro_batch_size micro_batch_tokens micro_batches_at_once pack variable_seq_lengths pad_to_multiple_of"

@@ -17,9 +17,10 @@ and `min_lr` past `lr_decay_iters`. `step` counts finished steps, as there: the 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finerank.errors import ConfigError
+from finerank.train.given import LocalUpdate
 from finerank.train.settings import OptimSettings
 
 
@@ -84,3 +85,15 @@ class Schedule:
             case "minus_sqrt":
                 return 1.0 - math.sqrt(x)
         return 2.0 * 0.5**x - 1.0
+
+
+def local_schedule(settings: OptimSettings, local: LocalUpdate | None, *, num_steps: int) -> Schedule:
+    """The schedule of what learns locally: the run's, or one of another shape that ends when local learning does."""
+    run = Schedule.of(settings, num_steps=num_steps)
+    if local is None or local.lr_decay_style is None:
+        return run
+    end = run.decay if local.freeze_after is None else min(run.decay, local.freeze_after)
+    end = max(end, math.floor(run.warmup) + 1)  # all of local learning may be warm-up
+    own = replace(settings, lr_decay_style=local.lr_decay_style)
+    wsd_decay = min(settings.lr_wsd_decay_iters or max(1, end // 10), math.ceil(end - run.warmup))
+    return Schedule(settings=own, warmup=run.warmup, decay=end, wsd_decay=wsd_decay)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finerank import registry
-from finerank.adapters.settings import AdapterSettings
+from finerank.adapters.settings import LR_DECAY_STYLES, AdapterSettings
 from finerank.config import setting
 from finerank.errors import ConfigError, unknown_name
 
@@ -22,7 +22,7 @@ class OptimSettings:
     min_lr: float = setting(0.0, help="learning rate at the end of the decay")
     lr_decay_style: str = setting(
         "cosine",
-        choices=("cosine", "linear", "constant", "inverse-square-root", "WSD"),
+        choices=LR_DECAY_STYLES,
         help="shape after the warm-up",
         flags=("--lr-scheduler-type",),
     )

@@ -39,6 +39,8 @@ class LocalRule:
     """Learning rate of `lora_B` over that of `lora_A`."""
     default_lr_share: ClassVar[float] = 1.0
     """Learning rate of `lora_A` over the run's, where the optimizer applies it and none is given."""
+    default_decay_style: ClassVar[str | None] = None
+    """Shape of the learning rates (`--lr-decay-style`) where none is given; None: the run's."""
     decay_by_depth: ClassVar[float] = 0.0
     """The optimizer's learning rate d layers below the last local one is multiplied by `exp(-decay_by_depth * d)`."""
     default_rank: ClassVar[int | None] = None

@@ -22,4 +22,5 @@ class RULE(LocalRule):
     learns_by_optimizer = True
     learns_from_sample = True
     default_ratio = 1.0
-    default_lr_share = 2.0
+    default_lr_share = 3.0
+    default_decay_style = "cosine"
