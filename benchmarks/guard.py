@@ -25,8 +25,6 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
 from tune_step import cpu_name  # noqa: E402
 
-from finerank.models.runtime import set_threads, tune_runtime  # noqa: E402
-
 if TYPE_CHECKING:
     from finerank.data.batch import Batch
 
@@ -170,8 +168,6 @@ def main() -> int:
     parser.add_argument("--store", action="store_true", help="keep the ratio as this machine's")
     parser.add_argument("--stored", type=Path, default=STORED, help="where ratios are kept")
     args = parser.parse_args()
-    tune_runtime(num_threads=None)
-    set_threads(None)
     ratio = statistics.median(ratios := measure(args.layers, args.repeats))
     name = f"{machine(torch.get_num_threads())}, {args.layers} layers"
     stored = json.loads(args.stored.read_text()) if args.stored.is_file() else {}

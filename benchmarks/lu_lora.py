@@ -11,7 +11,7 @@ held out (or the rows of another file), in a run folder of its own. A cell that 
 one that is finished is not run again; the most telling cells come first. `steps` times one optimizer step of every
 method in turn, in one process, so that a busy machine hurts all alike, and counts the bytes that a micro-batch keeps
 for its backward pass (saved tensors and local signals, no weights); it needs an otherwise idle machine. With two
-threads or more, micro-batches are computed side by side, as `finerank tune` does.
+threads or more, micro-batches are computed side by side, under the allocator that `finerank tune` takes.
 
 The learning rate is constant, so LoRA's loss "at equal time" is read off its curve, at the step that it reaches in the
 time of the other's whole run (linear between evaluations). What is won back is the share of what freezing loses at the
@@ -23,6 +23,7 @@ not what `run` gives them now.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def main() -> None:
                     if (method == "lora") == (share == 0.0):
                         run_cell(args, method=method, share=share, seed=seed)
     elif args.what == "steps":
+        start_as_tune_does(args.threads)
         time_steps(args)
     else:
         print(table(args.out))
@@ -126,13 +128,19 @@ def count_layers(load: str) -> int:
     return AutoConfig.from_pretrained(find_model(ModelSettings(load=load)).folder).get_text_config().num_hidden_layers
 
 
+def start_as_tune_does(num_threads: int) -> None:
+    """Start this program anew under the allocator and the settings of torch that `finerank tune` runs with."""
+    from finerank.models.runtime import MARK, wanted_environment
+
+    if changes := wanted_environment(os.environ, num_threads=num_threads):
+        environment = {**os.environ, **changes, MARK: "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def time_steps(args: argparse.Namespace) -> None:
     """Seconds of an optimizer step of each method in turn, and bytes kept; into steps.json."""
     import torch
 
-    from finerank.models.runtime import tune_runtime
-
-    tune_runtime(num_threads=args.threads)
     torch.set_num_threads(args.threads)
     num_layers = count_layers(args.load)
     cells = [("lora", 0.0)] if "lora" in args.methods else []
