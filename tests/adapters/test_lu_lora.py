@@ -477,6 +477,21 @@ def test_choices_are_the_rules_in_the_folder():
         ({"lu_lora_final_layer_index": 9}, ConfigError, "no layer of this model of 4 layers; give 0 to 2"),
         ({"lu_lora_final_layer_index": -1}, ConfigError, "give 0 to 2"),
         ({"lu_lora_final_layer_index": None, "lu_lora_lr": 1e-3}, ConfigError, "no effect without"),
+        (
+            {"lu_lora_final_layer_index": 1, "lu_lora_rule": "frozen", "lu_lora_lr": 1e-3},
+            ConfigError,
+            "lu-lora-lr has no effect with .* frozen",
+        ),
+        (
+            {"lu_lora_final_layer_index": 1, "lu_lora_rule": "frozen", "lu_lora_lr_decay_style": "linear"},
+            ConfigError,
+            "no effect with .* frozen",
+        ),
+        (
+            {"lu_lora_final_layer_index": 1, "lu_lora_rule": "frozen", "lu_lora_freeze_after": 3},
+            ConfigError,
+            "no effect with .* frozen",
+        ),
         ({"lu_lora_final_layer_index": None, "lu_lora_rule": "oja"}, ConfigError, "no effect without"),
         ({**FEEDBACK, "lora_target_modules": ["q_proj"]}, AdapterError, "add o_proj or down_proj"),
         (

@@ -295,7 +295,16 @@ def _start_from_data(model: nn.Module, learning: LocalLearning, passes: Iterator
         model.train(was_training)
 
 
+_OF_LEARNING = ("lu_lora_r", "lu_lora_lr", "lu_lora_lr_decay_style", "lu_lora_lr_ratio", "lu_lora_freeze_after")
+
+
 def _check_values(settings: LocalSettings) -> None:
+    given = [name for name in _OF_LEARNING if getattr(settings, name) is not None]
+    if given and settings.lu_lora_rule == "frozen":
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} has no effect with --lu-lora-rule frozen, where nothing local learns; "
+            "leave it out."
+        )
     for name in ("lu_lora_lr", "lu_lora_lr_ratio"):
         value = getattr(settings, name)
         if value is not None and not 0 <= value < float("inf"):
