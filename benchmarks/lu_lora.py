@@ -272,7 +272,8 @@ def read_cells(out: Path) -> list[dict[str, Any]]:
         given = other_flags((folder / "config.yaml").read_text(encoding="utf-8"))
         is_done = (folder / "results.json").exists()
         cell = {"method": method, "share": share, "seed": seed, "curve": curve, "done": is_done, "given": given}
-        cells.append(cell | {"late": statistics.mean(late) if late else None})
+        peak = max((row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")), default=None)
+        cells.append(cell | {"late": statistics.mean(late) if late else None, "peak": peak})
     return cells
 
 
@@ -302,8 +303,8 @@ def table(out: Path) -> str:
     lora = timed.get("lora 0")
     lines = [
         "| local | method | seeds | held-out loss | spread | won back | of training loss | LoRA at equal time | step | "
-        "activations |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "activations | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (share, method), group in sorted(groups.items(), key=lambda item: (item[0][0], METHODS.index(item[0][1]))):
         step = timed.get(f"{method} {share / 100:g}")
@@ -322,9 +323,10 @@ def table(out: Path) -> str:
         lines.append(
             f"| {share:g}% | {method} | {len(group)} | {statistics.mean(losses):.4f} | "
             f"{max(losses) - min(losses):.4f} | {_mean(won, '.0%')} | {_mean(late, '.0%')} | {_mean(equal, '.4f')} | "
-            f"{'-' if times is None else format(times, '.2f')} | {'-' if kept is None else format(kept, '.2f')} |"
+            f"{'-' if times is None else format(times, '.2f')} | {'-' if kept is None else format(kept, '.2f')} | "
+            f"{_mean([c['peak'] / 2**20 for c in group if c['peak']], '.0f')} |"
         )
-    lines += ["", "Step and activations are shares of full LoRA's."]
+    lines += ["", "Step and activations are shares of full LoRA's; the peak is the process's, in MiB."]
     for cell in cells:
         if cell["given"]:
             name = cell_name(cell["method"], float(cell["share"]) / 100, int(cell["seed"].removeprefix("seed")))
