@@ -15,7 +15,7 @@ threads or more, micro-batches are computed side by side, under the allocator th
 
 The learning rate is constant, so LoRA's loss "at equal time" is read off its curve, at the step that it reaches in the
 time of the other's whole run (linear between evaluations). What is won back is the share of what freezing loses at the
-end, by the held-out loss, and by the training loss after the first 17 steps: its rows come for the first time in an
+end, by the held-out loss, and by the training loss from step 17 on: its rows come for the first time in an
 epoch, and there are more of them, so it is less noisy. The table says what the cells were run with, as far as that is
 not what `run` gives them now.
 """
@@ -130,11 +130,10 @@ def count_layers(load: str) -> int:
 
 def start_as_tune_does(num_threads: int) -> None:
     """Start this program anew under the allocator and the settings of torch that `finerank tune` runs with."""
-    from finerank.models.runtime import MARK, wanted_environment
+    from finerank.models.runtime import start_anew, wanted_environment
 
     if changes := wanted_environment(os.environ, num_threads=num_threads):
-        environment = {**os.environ, **changes, MARK: "1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        start_anew(changes)
 
 
 def time_steps(args: argparse.Namespace) -> None:

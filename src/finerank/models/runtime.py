@@ -25,6 +25,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from finerank.errors import ConfigError
 
@@ -76,14 +77,18 @@ def tune_runtime(*, num_threads: int | None = None) -> None:
     """
     if num_threads is not None and num_threads < 1:
         return  # `set_threads` says so
-    environment = dict(os.environ)
-    changes = wanted_environment(environment, num_threads=num_threads)
+    changes = wanted_environment(os.environ, num_threads=num_threads)
     if not changes or not _can_start_anew():
         return
     with contextlib.suppress(OSError):  # nobody has to read it
         print(f"runtime: {describe(changes)} (--no-tune-runtime leaves things alone)", file=sys.stderr, flush=True)
+    start_anew(changes)
+
+
+def start_anew(changes: Mapping[str, str]) -> NoReturn:
+    """Run this program again from its start, in this process, with changed variables and marked as started anew."""
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, **changes, MARK: "1"})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **changes, MARK: "1"})
 
 
 def set_threads(num_threads: int | None) -> None:
